@@ -1,0 +1,633 @@
+"""Bytes of a quantized model: entropy coding of the symbols and the artifact container.
+
+Three layers, each usable alone and none of them aware of a model:
+
+    compressors    brotli-11, zstd-22, LZMA and zlib behind one bounded interface (`compress`, `decompress`)
+    range coder    `range_encode`, `range_decode`: integer symbols under adaptive integer models, bit-exact on every machine
+    container      `pack_artifact`, `unpack_artifact`: magic, version, JSON header, streams, SHA-256 over all of it
+
+What goes in and comes out is a list of `Record`s: named int8 matrices with a float16 scale a row ("codes"), float16 tensors
+("half") and raw bytes ("bytes"). There is no pickle anywhere, and no length in a file is believed before it is checked: the
+reader of an artifact allocates nothing that the header merely claims.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import hashlib
+import json
+import lzma
+import math
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from train_gpt import UserError, atomic_write
+
+COMPRESSORS = ("brotli", "zstd", "lzma", "zlib", "range")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# General compressors
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams are cut into chunks that are compressed independently: brotli-11 runs at about 1 MB/s on one core, so that only threads
+# keep the packing of a 36 MB stream within seconds. Quantized weights have no repeats further apart than that; the cut
+# costs less than 0.01 %.
+CHUNK_BYTES = 4 << 20
+_LZMA_FILTERS = [
+    # lc/lp/pb model text and aligned records. Symbols are neither, and the extra contexts only dilute the statistics.
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0, "dict_size": CHUNK_BYTES}
+]
+
+
+def _compress_chunk(data: bytes, codec: str) -> bytes:
+    if codec == "brotli":
+        import brotli
+
+        return brotli.compress(data, mode=brotli.MODE_GENERIC, quality=11, lgwin=24)
+    if codec == "zstd":
+        import zstandard
+
+        return zstandard.ZstdCompressor(level=22).compress(data)
+    if codec == "lzma":
+        return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
+    if codec == "zlib":
+        return zlib.compress(data, 9)
+    raise ValueError(f"unknown codec {codec!r}")
+
+
+def _decompress_chunk(data: bytes, codec: str, size: int) -> bytes:
+    """Decompress to exactly `size` bytes, never holding more than `size` + a buffer. Raises ValueError on anything else."""
+    if codec == "brotli":
+        import brotli
+
+        decoder, out = brotli.Decompressor(), bytearray()
+        try:
+            out += decoder.process(data, output_buffer_limit=size + 1)
+            while not decoder.is_finished() and len(out) <= size:
+                more = decoder.process(b"", output_buffer_limit=size + 1 - len(out))
+                if not more:
+                    break
+                out += more
+            finished = decoder.is_finished()
+        except brotli.error as error:
+            raise ValueError(f"brotli: {error}") from None
+        result = bytes(out)
+    elif codec == "zstd":
+        import zstandard
+
+        try:
+            # The window of a level-22 frame of CHUNK_BYTES is at most 8 MiB; a larger claim is not ours.
+            reader = zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data)
+            result = reader.read(size + 1)
+            finished = len(result) == size and reader.read(1) == b""
+        except zstandard.ZstdError as error:
+            raise ValueError(f"zstd: {error}") from None
+    elif codec == "lzma":
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
+        try:
+            result = decoder.decompress(data, max_length=size + 1)
+            finished = decoder.eof and not decoder.unused_data
+            if not decoder.eof and len(result) == size:  # the end marker may still be unread
+                decoder.decompress(b"", max_length=1)
+                finished = decoder.eof and not decoder.unused_data
+        except (lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"lzma: {error}") from None
+    elif codec == "zlib":
+        decoder = zlib.decompressobj()
+        try:
+            result = decoder.decompress(data, size + 1)
+        except zlib.error as error:
+            raise ValueError(f"zlib: {error}") from None
+        finished = decoder.eof and not decoder.unused_data
+    else:
+        raise ValueError(f"unknown codec {codec!r}")
+    if len(result) != size or not finished:
+        raise ValueError(f"{codec}: a chunk does not decompress to its {size} bytes")
+    return result
+
+
+def _threads() -> int:
+    """Cores this process may use: a container often grants fewer than the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+
+
+def compress(data: bytes, codec: str) -> bytes:
+    """Compress `data` with brotli | zstd | lzma | zlib as a row of `[u32 length][chunk]`, chunks of CHUNK_BYTES raw bytes."""
+    chunks = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(_threads(), len(chunks)))) as pool:
+        packed = list(pool.map(lambda chunk: _compress_chunk(chunk, codec), chunks))  # all four release the GIL
+    return b"".join(struct.pack("<I", len(chunk)) + chunk for chunk in packed)
+
+
+def decompress(data: bytes, codec: str, size: int) -> bytes:
+    """Inverse of `compress`. `size`: the raw bytes expected. Raises ValueError for any other outcome."""
+    jobs, at = [], 0
+    for start in range(0, size, CHUNK_BYTES):
+        if at + 4 > len(data):
+            raise ValueError("a chunk is missing")
+        (length,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if length > len(data) - at:
+            raise ValueError("a chunk runs past the end of its stream")
+        jobs.append((data[at : at + length], min(CHUNK_BYTES, size - start)))
+        at += length
+    if at != len(data):
+        raise ValueError("bytes left over behind the last chunk")
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(_threads(), len(jobs)))) as pool:
+        return b"".join(pool.map(lambda job: _decompress_chunk(job[0], codec, job[1]), jobs))
+
+
+def shuffle_bytes(data: bytes, stride: int) -> bytes:
+    """Byte-shuffle: the bytes at each offset modulo `stride` gathered into one plane (all high bytes of float16, say)."""
+    return np.frombuffer(data, np.uint8).reshape(-1, stride).T.tobytes() if data else b""
+
+
+def unshuffle_bytes(data: bytes, stride: int) -> bytes:
+    """Inverse of `shuffle_bytes`."""
+    return np.frombuffer(data, np.uint8).reshape(stride, -1).T.tobytes() if data else b""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Range coder
+# ----------------------------------------------------------------------------------------------------------------------
+# SDClip gives every row of symbols the same standard deviation, so that rows look alike; columns do not (input channels
+# differ in how large their weights are), and neither do tensors. The model is therefore
+#
+#     P(q[r, c]) = table[context],   context = level(mean |q| in column c over the rows above) + row offset
+#
+# with `level` a logarithm in quarter octaves. Tables and column means adapt backwards, from symbols already coded, so that neither
+# costs a byte of side information; the row offset, where a tensor's rows do differ in shape, is coded at the row's head
+# and only if the encoder finds that it pays. Rows are handled in slices: inside one slice the contexts are known in advance,
+# and all symbols of one context go to `constriction` in a single call.
+#
+# Bit-exactness: everything that influences a probability is integer arithmetic. The tables reach constriction as float32 holding
+# integers whose sum stays below 2^24, so that its fixed-point conversion has no rounding that could differ between machines.
+_LEVELS = 64  # contexts: mean |q| from 2^-5 to 2^11 in quarter octaves
+_LEVEL_STEPS = 4
+_FIXED = 12  # fractional bits of a mean magnitude
+# thresholds[i] = floor(2^(i/4 - 5) · 2^_FIXED) exactly: a float power could round differently elsewhere.
+_LEVEL_THRESHOLDS = np.array(
+    [math.isqrt(math.isqrt(1 << (i + 4 * (_FIXED - 5)))) for i in range(1, _LEVELS)], dtype=np.int64
+)
+_ROW_OFFSETS = 8  # row offsets −8 … +8 quarter octaves
+_ROW_GAIN = np.array(  # 2^(−offset/4) in fixed point: takes a row's own size out of the column means
+    [math.isqrt(math.isqrt(1 << (4 * _FIXED - offset))) for offset in range(-_ROW_OFFSETS, _ROW_OFFSETS + 1)],
+    dtype=np.int64,
+)
+_PRIOR_ROWS = 4  # weight of the tensor's overall mean against a column's own, in rows
+_TABLE_LIMIT = 1 << 20  # a table is halved beyond this total; keeps sums below 2^24 with room for a slice
+_CARRY_LIMIT = 1 << 14  # … and beyond this one where a new tensor begins: old statistics guide, they don't rule
+_SLICE_FIRST, _SLICE_MOST = 4096, 32768  # symbols a slice
+
+
+class _SymbolModel:
+    """Adaptive statistics shared by encoder and decoder: both drive it with the same calls in the same order."""
+
+    def __init__(self, bits: int):
+        self.alphabet = 1 << bits
+        self.low = -(1 << (bits - 1))
+        magnitude = np.abs(np.arange(self.alphabet, dtype=np.int64) + self.low)
+        # Weak prior: two-sided geometric with the mean magnitude m that a context stands for, 64 · (m / (m + 1))^|q|, and 1 at least
+        # so that nothing becomes impossible. Integers throughout: m in 1/256, the power by repeated floor division.
+        self.tables = np.ones((_LEVELS, self.alphabet), dtype=np.int64)
+        for level in range(_LEVELS):
+            mean = math.isqrt(math.isqrt(1 << (level + 4 * (8 - 5))))
+            mass, weight = np.ones(magnitude.max() + 1, dtype=np.int64), 64 << 16
+            for size in range(len(mass)):
+                mass[size] = max(1, weight >> 16)
+                weight = weight * mean // (mean + 256)
+            self.tables[level] = mass[magnitude]
+        self.row_table = np.ones(2 * _ROW_OFFSETS + 1, dtype=np.int64)
+        self.row_table[_ROW_OFFSETS] = 8
+
+    def start_tensor(self, columns: int) -> None:
+        """Forget the column means; keep the tables, but shrink them so that this tensor's own statistics soon prevail."""
+        self._shrink(_CARRY_LIMIT)
+        self.columns = columns
+        self.sums = np.zeros(columns, dtype=np.int64)
+        self.rows = 0
+
+    def _shrink(self, limit: int) -> None:
+        totals = self.tables.sum(axis=1)
+        while (over := totals > limit).any():
+            self.tables[over] = np.maximum(self.tables[over] >> 1, 1)
+            totals = self.tables.sum(axis=1)
+
+    def column_levels(self) -> np.ndarray:
+        """int64 [columns]: context of each column from the rows seen so far."""
+        if self.rows == 0:
+            mean = np.full(self.columns, 2 << _FIXED, dtype=np.int64)
+        else:
+            overall = int(self.sums.sum()) // self.columns  # = mean magnitude · rows, in fixed point
+            mean = (self.sums + overall * _PRIOR_ROWS // self.rows) // (self.rows + _PRIOR_ROWS)
+        return np.searchsorted(_LEVEL_THRESHOLDS, mean, side="right")
+
+    def contexts(self, row_offsets: np.ndarray) -> np.ndarray:
+        """uint8 [rows, columns] for the next slice."""
+        levels = self.column_levels()[None, :] + row_offsets[:, None]
+        return np.clip(levels, 0, _LEVELS - 1).astype(np.uint8)
+
+    def update(self, symbols: np.ndarray, contexts: np.ndarray, row_offsets: np.ndarray) -> None:
+        """Learn a coded slice. symbols: int64 [rows, columns] shifted to start at 0."""
+        flat = contexts.ravel().astype(np.int64) * self.alphabet + symbols.ravel()
+        self.tables += 4 * np.bincount(flat, minlength=_LEVELS * self.alphabet).reshape(_LEVELS, self.alphabet)
+        self._shrink(_TABLE_LIMIT)
+        magnitude = np.abs(symbols + self.low)
+        self.sums += (magnitude * _ROW_GAIN[row_offsets + _ROW_OFFSETS][:, None]).sum(axis=0)
+        self.rows += len(symbols)
+
+
+def _slices(rows: int, columns: int):
+    """Row ranges of growing height: short ones first, while the column means are still unknown."""
+    start, symbols = 0, _SLICE_FIRST
+    while start < rows:
+        stop = min(rows, start + max(1, symbols // columns))
+        yield start, stop
+        start, symbols = stop, min(2 * symbols, _SLICE_MOST)
+
+
+def _row_offsets(codes: np.ndarray) -> np.ndarray:
+    """int64 [rows]: by how many quarter octaves each row's mean |q| departs from what its columns suggest."""
+    magnitude = np.abs(codes.astype(np.float32))
+    columns = magnitude.mean(axis=0)
+    ratio = np.maximum(magnitude.sum(axis=1), 1e-3) / max(float(columns.sum()), 1e-3)
+    offsets = np.rint(_LEVEL_STEPS * np.log2(ratio)).astype(np.int64)  # an encoder's choice: may round as it likes
+    return np.clip(offsets, -_ROW_OFFSETS, _ROW_OFFSETS)
+
+
+class _RangeCoder:
+    """Codes tensors one after another under one `_SymbolModel`, forwards or backwards alike."""
+
+    def __init__(self, bits: int, encoder=None, decoder=None):
+        import constriction
+
+        self.categorical = constriction.stream.model.Categorical
+        self.model = _SymbolModel(bits)
+        self.encoder, self.decoder = encoder, decoder
+
+    def _table(self, counts: np.ndarray):
+        return self.categorical(counts.astype(np.float32), perfect=False)
+
+    def _code_offsets(self, offsets: np.ndarray | None, count: int) -> np.ndarray:
+        table = self._table(self.model.row_table)
+        if self.decoder is None:
+            self.encoder.encode((offsets + _ROW_OFFSETS).astype(np.int32), table)
+        else:
+            offsets = self.decoder.decode(table, count).astype(np.int64) - _ROW_OFFSETS
+        self.model.row_table += 8 * np.bincount(offsets + _ROW_OFFSETS, minlength=len(self.model.row_table))
+        if self.model.row_table.sum() > _CARRY_LIMIT:
+            self.model.row_table = np.maximum(self.model.row_table >> 1, 1)
+        return offsets
+
+    def code(self, codes: np.ndarray, row_offsets: np.ndarray | None, has_offsets: bool) -> None:
+        """Encode int8 `codes` [rows, columns], or fill them when decoding. `row_offsets`: int64 [rows], encoder only."""
+        model = self.model
+        rows, columns = codes.shape
+        model.start_tensor(columns)
+        for start, stop in _slices(rows, columns):
+            offsets = np.zeros(stop - start, dtype=np.int64)
+            if has_offsets:
+                chosen = row_offsets[start:stop] if self.decoder is None else None
+                offsets = self._code_offsets(chosen, stop - start)
+            contexts = model.contexts(offsets)
+            flat = contexts.ravel()
+            order = np.argsort(flat, kind="stable")  # radix sort on uint8
+            ends = np.cumsum(np.bincount(flat, minlength=_LEVELS))
+            if self.decoder is None:
+                symbols = codes[start:stop].astype(np.int64).ravel() - model.low
+                grouped = symbols[order].astype(np.int32)
+            else:
+                grouped = np.empty(flat.size, dtype=np.int32)
+            begin = 0
+            for level, end in enumerate(ends.tolist()):
+                if end > begin:
+                    table = self._table(model.tables[level])
+                    if self.decoder is None:
+                        self.encoder.encode(grouped[begin:end], table)
+                    else:
+                        grouped[begin:end] = self.decoder.decode(table, end - begin)
+                begin = end
+            if self.decoder is not None:
+                symbols = np.empty(flat.size, dtype=np.int64)
+                symbols[order] = grouped
+                codes[start:stop] = (symbols + model.low).reshape(stop - start, columns)
+            model.update(symbols.reshape(stop - start, columns), contexts, offsets)
+
+
+def range_encode(matrices: list[np.ndarray], bits: int) -> bytes:
+    """Range-code int8 matrices [rows, columns] whose symbols lie in [−2^(bits−1), 2^(bits−1) − 1].
+
+    Returns `[one flag byte a matrix, padded to 4][little-endian 32-bit words]`. Order matters for size only: statistics carry
+    over from one matrix to the next, so that alike ones should be neighbours.
+    """
+    import constriction
+
+    coder = _RangeCoder(bits, encoder=constriction.stream.queue.RangeEncoder())
+    flags = []
+    for codes in matrices:
+        if codes.size == 0:
+            flags.append(0)
+            continue
+        offsets = _row_offsets(codes)
+        best = None
+        for has_offsets in (False, True) if offsets.any() else (False,):
+            trial = _RangeCoder(bits, encoder=coder.encoder.clone())
+            trial.model = copy.deepcopy(coder.model)
+            trial.code(codes, offsets, has_offsets)
+            size = trial.encoder.num_bits()
+            if best is None or size < best[0]:
+                best = (size, has_offsets, trial)
+        flags.append(int(best[1]))
+        coder = best[2]
+    head = bytes(flags)
+    return head + b"\0" * (-len(head) % 4) + coder.encoder.get_compressed().astype("<u4").tobytes()
+
+
+def range_decode(data: bytes, shapes: list[tuple[int, int]], bits: int) -> list[np.ndarray]:
+    """Inverse of `range_encode`: int8 matrices of the given shapes. Raises ValueError where `data` cannot be such a stream."""
+    import constriction
+
+    head = len(shapes) + -len(shapes) % 4
+    if len(data) < head or len(data) % 4 or any(data[len(shapes) : head]) or max(data[: len(shapes)], default=0) > 1:
+        raise ValueError("range: malformed stream")
+    words = np.frombuffer(data, "<u4", offset=head).astype(np.uint32)
+    coder = _RangeCoder(bits, decoder=constriction.stream.queue.RangeDecoder(words))
+    out = []
+    try:
+        for shape, flag in zip(shapes, data):
+            codes = np.zeros(shape, dtype=np.int8)
+            if codes.size:
+                coder.code(codes, None, bool(flag))
+            out.append(codes)
+    except (AssertionError, ValueError) as error:  # constriction's report of words that no encoder writes
+        raise ValueError(f"range: {error}") from None
+    if not coder.decoder.maybe_exhausted():
+        raise ValueError("range: words left over behind the last symbol")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records and their streams
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Record:
+    """One stored array.
+
+    kind "codes": `data` int8 [rows, columns] with symbols in [−2^(bits−1), 2^(bits−1) − 1], `scales` float16 [rows]
+    kind "half":  `data` float16 of any shape
+    kind "bytes": `data` uint8 [n]
+    """
+
+    name: str
+    kind: str
+    data: np.ndarray
+    bits: int = 0
+    scales: np.ndarray | None = None
+
+    def check(self) -> None:
+        """Refuse what could not be restored exactly. Raises UserError."""
+        if self.kind == "codes":
+            low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+            if self.data.dtype != np.int8 or self.data.ndim != 2 or not 2 <= self.bits <= 8:
+                raise UserError(f"{self.name}: codes must be a two-dimensional int8 array of 2 to 8 bits")
+            if self.data.size and (self.data.min() < low or self.data.max() > high):
+                raise UserError(f"{self.name}: a symbol outside {low}…{high} does not fit {self.bits} bits")
+            if self.scales is None or self.scales.dtype != np.float16 or self.scales.shape != (len(self.data),):
+                raise UserError(f"{self.name}: one float16 scale a row is needed")
+            if not np.isfinite(self.scales).all():
+                raise UserError(f"{self.name}: a row scale is not finite in float16")
+        elif self.kind == "half":
+            if self.data.dtype != np.float16 or not np.isfinite(self.data).all():
+                raise UserError(f"{self.name}: values must be finite in float16")
+        elif self.kind != "bytes" or self.data.dtype != np.uint8 or self.data.ndim != 1:
+            raise UserError(f"{self.name}: unknown kind of record {self.kind!r}")
+
+
+# Bounds that no artifact of this suite comes near. They exist so that a forged header cannot ask for the machine's memory.
+MAX_ELEMENTS = 1 << 28
+MAX_RECORDS = 1 << 14
+MAX_DIMS = 8
+
+
+def encode_records(records: list[Record], compressor: str) -> tuple[list[dict], list[bytes]]:
+    """Streams of a list of records: -> (stream table for the header, payloads in the same order).
+
+    All symbols of one width form a stream, all scales, all float16 values and all bytes one each: a compressor then sees one
+    kind of statistics at a time. float16 streams are byte-shuffled (high bytes compress, low bytes are noise).
+    "range" codes the symbols; the small streams around them go to brotli.
+    """
+    raw: dict[str, list] = {}
+    for record in records:
+        record.check()
+        if record.kind == "codes":
+            raw.setdefault(f"codes{record.bits}", []).append(record.data)
+            raw.setdefault("scales", []).append(record.scales)
+        else:
+            raw.setdefault(record.kind, []).append(record.data)
+    table, payloads = [], []
+    for name, arrays in sorted(raw.items()):
+        size = sum(array.nbytes for array in arrays)
+        codec = compressor
+        if compressor == "range" and name.startswith("codes"):
+            payload = range_encode(arrays, int(name[5:]))
+        else:
+            codec = "brotli" if compressor == "range" else compressor
+            data = b"".join(
+                np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays
+            )
+            payload = compress(shuffle_bytes(data, 2) if name in ("scales", "half") else data, codec)
+        table.append({"name": name, "codec": codec, "raw": size, "packed": len(payload)})
+        payloads.append(payload)
+    return table, payloads
+
+
+def _plan(records: list[Record]) -> list[list]:
+    return [[record.name, record.kind, record.bits, list(record.data.shape)] for record in records]
+
+
+def _check_plan(plan) -> dict[str, int]:
+    """Validate the header's list of records; -> bytes that each stream must have. Raises ValueError."""
+    if not isinstance(plan, list) or len(plan) > MAX_RECORDS:
+        raise ValueError("the tensor plan is not a list of sane length")
+    sizes: dict[str, int] = {}
+    elements, names = 0, set()
+    for entry in plan:
+        if not isinstance(entry, list) or len(entry) != 4:
+            raise ValueError("malformed entry in the tensor plan")
+        name, kind, bits, shape = entry
+        if not isinstance(name, str) or name in names or not isinstance(shape, list) or len(shape) > MAX_DIMS:
+            raise ValueError("malformed or repeated entry in the tensor plan")
+        names.add(name)
+        if not all(type(dim) is int and 0 <= dim <= MAX_ELEMENTS for dim in shape):
+            raise ValueError(f"{name}: impossible shape")
+        count = math.prod(shape)
+        elements += max(count, sum(shape))
+        if elements > MAX_ELEMENTS:
+            raise ValueError(f"the plan claims more than {MAX_ELEMENTS} elements")
+        if kind == "codes":
+            if type(bits) is not int or not 2 <= bits <= 8 or len(shape) != 2:
+                raise ValueError(f"{name}: impossible width or shape")
+            sizes[f"codes{bits}"] = sizes.get(f"codes{bits}", 0) + count
+            sizes["scales"] = sizes.get("scales", 0) + 2 * shape[0]
+        elif kind == "half":
+            sizes["half"] = sizes.get("half", 0) + 2 * count
+        elif kind == "bytes" and len(shape) == 1:
+            sizes["bytes"] = sizes.get("bytes", 0) + count
+        else:
+            raise ValueError(f"{name}: unknown kind of record")
+    return sizes
+
+
+def decode_records(plan: list, table: list, payload: memoryview) -> list[Record]:
+    """Inverse of `encode_records`. Raises ValueError where plan, stream table and payload contradict each other."""
+    sizes = _check_plan(plan)
+    if not isinstance(table, list) or not all(isinstance(entry, dict) for entry in table):
+        raise ValueError("malformed stream table")
+    if [entry.get("name") for entry in table] != sorted(sizes):
+        raise ValueError("the streams are not those of the tensor plan")
+    at, streams = 0, {}
+    for entry in table:
+        name, codec, packed = entry["name"], entry.get("codec"), entry.get("packed")
+        if type(packed) is not int or not 0 <= packed <= len(payload) - at or entry.get("raw") != sizes[name]:
+            raise ValueError(f"stream {name}: impossible size")
+        data = bytes(payload[at : at + packed])
+        at += packed
+        if codec == "range" and name.startswith("codes"):
+            bits = int(name[5:])
+            streams[name] = iter(
+                range_decode(data, [tuple(e[3]) for e in plan if e[1] == "codes" and e[2] == bits], bits)
+            )
+        else:
+            raw = decompress(data, codec, sizes[name])
+            streams[name] = memoryview(unshuffle_bytes(raw, 2) if name in ("scales", "half") else raw)
+    if at != len(payload):
+        raise ValueError("bytes left over behind the last stream")
+
+    def take(stream: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        array = np.frombuffer(streams[stream][:size], dtype).reshape(shape)
+        streams[stream] = streams[stream][size:]
+        return array.astype(np.dtype(dtype).newbyteorder("="))
+
+    records = []
+    for name, kind, bits, shape in plan:
+        shape = tuple(shape)
+        if kind == "codes":
+            stream = streams[f"codes{bits}"]
+            codes = take(f"codes{bits}", "i1", shape) if isinstance(stream, memoryview) else next(stream)
+            record = Record(name, kind, codes, bits, take("scales", "<f2", shape[:1]))
+        elif kind == "half":
+            record = Record(name, kind, take("half", "<f2", shape))
+        else:
+            record = Record(name, kind, take("bytes", "u1", shape))
+        record.check()  # a symbol or scale out of range is a fault, whatever the checksum says
+        records.append(record)
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Container
+# ----------------------------------------------------------------------------------------------------------------------
+#   offset size
+#        0    8  magic; its odd bytes betray a transfer in text mode, as PNG's do
+#        8    2  format version
+#       10    2  zero
+#       12    4  bytes of the compressed header
+#       16    4  bytes of the header's JSON
+#       20    8  bytes of the whole file
+#       28   32  SHA-256 of the file with these 32 bytes left out
+#       60    …  header (zlib), then the streams back to back in the header's order
+MAGIC = b"\x89PGLF\r\n\x1a"
+VERSION = 1
+_HEAD = struct.Struct("<8sHHIIQ32s")
+_MAX_HEADER = 4 << 20
+
+
+def _digest(head: bytes, rest: memoryview | bytes) -> bytes:
+    digest = hashlib.sha256(head[:28])
+    digest.update(rest)
+    return digest.digest()
+
+
+def pack_artifact(header: dict, records: list[Record], compressor: str) -> bytes:
+    """The bytes of an artifact. `header`: JSON-able facts about the model; keys "tensors" and "streams" are added here."""
+    table, payloads = encode_records(records, compressor)
+    return seal({**header, "tensors": _plan(records), "streams": table}, b"".join(payloads))
+
+
+def seal(header: dict, payload: bytes) -> bytes:
+    """Container around a complete header and its streams."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    packed = zlib.compress(text, 9)
+    if len(text) > _MAX_HEADER:
+        raise UserError(f"the artifact's header would take {len(text)} bytes; at most {_MAX_HEADER} are allowed")
+    rest = packed + payload
+    fields = (MAGIC, VERSION, 0, len(packed), len(text), _HEAD.size + len(rest))
+    digest = _digest(_HEAD.pack(*fields, b""), rest)
+    return _HEAD.pack(*fields, digest) + rest
+
+
+def _not_json(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def read_header(data: bytes, label: str = "artifact") -> tuple[dict, memoryview]:
+    """Check the container; -> (header, streams). Raises UserError naming `label` and the fault."""
+    if len(data) < _HEAD.size or data[:8] != MAGIC:
+        if MAGIC.startswith(data[:8]) and len(data) < _HEAD.size:
+            raise UserError(f"{label}: truncated: {len(data)} bytes are less than an artifact's fixed head")
+        raise UserError(f"{label}: not an artifact (wrong magic)")
+    _, version, zero, packed, size, total, digest = _HEAD.unpack_from(data)
+    if version != VERSION:
+        age = "a newer" if version > VERSION else "an unknown"
+        raise UserError(f"{label}: {age} format version ({version}); this code reads version {VERSION}")
+    if total != len(data):
+        verb = "truncated" if len(data) < total else "over-long"
+        raise UserError(f"{label}: {verb}: holds {len(data)} bytes where its head says {total}")
+    rest = memoryview(data)[_HEAD.size :]
+    if _digest(data[: _HEAD.size], rest) != digest:
+        raise UserError(f"{label}: corrupted: its checksum does not match")
+    try:
+        if zero or packed > len(rest) or not 0 < size <= _MAX_HEADER:
+            raise ValueError("impossible header size")
+        text = _decompress_chunk(bytes(rest[:packed]), "zlib", size)
+        header = json.loads(text, parse_constant=_not_json)
+        if not isinstance(header, dict):
+            raise ValueError("the header is not an object")
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UserError(f"{label}: unreadable header: {error}") from None
+    return header, rest[packed:]
+
+
+def unpack_artifact(data: bytes, label: str = "artifact") -> tuple[dict, list[Record]]:
+    """Inverse of `pack_artifact`: -> (header, records). Raises UserError for every fault."""
+    header, payload = read_header(data, label)
+    try:
+        return header, decode_records(header.get("tensors"), header.get("streams"), payload)
+    except (ValueError, UserError) as error:
+        raise UserError(f"{label}: damaged: {error}") from None
+
+
+def write_artifact(path: str | Path, header: dict, records: list[Record], compressor: str) -> int:
+    """Write an artifact atomically; -> its size, measured from the file on disk."""
+    data = pack_artifact(header, records, compressor)
+    with atomic_write(Path(path)) as temporary:
+        Path(temporary).write_bytes(data)
+    return Path(path).stat().st_size
+
+
+def read_artifact(path: str | Path) -> tuple[dict, list[Record], int]:
+    """-> (header, records, bytes on disk). Raises UserError."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    header, records = unpack_artifact(data, str(path))
+    return header, records, len(data)
