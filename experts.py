@@ -1,0 +1,627 @@
+"""Experts: full next-token distributions made from already-scored tokens, and mixers that combine them validly.
+
+    history = NgramHistory(vocab_size=1024, max_order=9)
+    mixture = ExpertMixture(ExpertConfig(names=("tilt", "ngram", "entropy")), vocab_size=1024)
+    for block in blocks:                                     # left to right
+        prediction = mixture.predict(logits, contexts)       # sees the strict past only; nothing is updated
+        p = prediction.probs(targets[:, None])               # score ... `probs(all tokens)` is the full distribution
+        mixture.update(contexts, targets, prediction.record(targets), prediction.mass())   # ... then update
+
+What makes a score valid is structural here: `predict` receives no target, a `Prediction` is a frozen function from candidate
+tokens to probabilities, and the score of the target and the full distribution come from that one function. Every expert is
+normalized over the vocabulary, a mixture is a convex combination whose weights depend on the past only.
+
+The n-gram counts are exact. A context is a node of a trie over reversed contexts, and a trie edge is the 64-bit integer
+`parent_node * (V + 1) + token`: no hashing, no collision, and no target in any context's key. Counts live in flat arrays
+indexed by dense ids; the keys live in a log-structured sorted index (`KeyIndex`), so that lookups and updates of a whole block
+are a handful of `searchsorted` calls on CPU and GPU alike.
+
+Shapes: n positions, m candidates a position, K = max_order, V vocabulary, E members of a mixture. A context row is [K-1] token
+ids, most recent first, padded with V before the stream's start. Probabilities are float32, log-probabilities in nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sorted key index: int64 key -> dense id
+# ----------------------------------------------------------------------------------------------------------------------
+
+_SENTINEL = torch.iinfo(torch.int64).max  # ends every run, so that a searchsorted slot is always inside it
+
+
+class KeyIndex:
+    """An exact, growing map from non-negative int64 keys to dense ids 0, 1, 2, ... in order of insertion.
+
+    Two sorted runs, a large one and a small recent one (a log-structured merge tree of depth two): an insertion rewrites the
+    small run only, and the small run is merged into the large one when it reaches about sqrt(large * inserted) keys, which
+    balances the two costs. Runs are merged by rank (two searchsorted), never re-sorted.
+
+    At `capacity` ids the index is full: unknown keys then get id -1 and are counted in `refused`; known keys go on working.
+    """
+
+    def __init__(self, capacity: int, device: torch.device | str = "cpu", first_id: int = 0):
+        self.capacity = capacity
+        self.next_id = first_id
+        self.refused = 0
+        self.device = torch.device(device)
+        self._runs = [self._empty_run(), self._empty_run()]
+
+    def _empty_run(self) -> tuple[Tensor, Tensor]:
+        return (torch.tensor([_SENTINEL], device=self.device), torch.tensor([-1], device=self.device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for run in self._runs for t in run)
+
+    def lookup(self, keys: Tensor) -> Tensor:
+        """Ids of `keys` (any shape, int64), -1 where a key is unknown. Negative keys are never known."""
+        found = torch.full_like(keys, -1)
+        for run_keys, run_ids in self._runs:
+            if run_keys.numel() > 1:
+                slot = torch.searchsorted(run_keys, keys)
+                found = torch.where(run_keys[slot] == keys, run_ids[slot], found)
+        return found
+
+    def insert(self, unique_keys: Tensor) -> Tensor:
+        """Ids of sorted, distinct `unique_keys`, unknown ones inserted; -1 for negative keys and what no longer fits."""
+        ids = self.lookup(unique_keys)
+        missing = ((ids < 0) & (unique_keys >= 0)).nonzero().squeeze(1)
+        fits = min(missing.numel(), self.capacity - self.next_id)
+        self.refused += missing.numel() - fits
+        missing = missing[:fits]
+        if fits:
+            new_ids = torch.arange(self.next_id, self.next_id + fits, device=self.device)
+            ids[missing] = new_ids
+            self.next_id += fits
+            large, small = self._runs
+            small = _merge_runs(small, (unique_keys[missing], new_ids))
+            if small[0].numel() > max(1 << 12, math.isqrt(large[0].numel() * fits)):
+                large, small = _merge_runs(large, (small[0][:-1], small[1][:-1])), self._empty_run()
+            self._runs = [large, small]
+        return ids
+
+
+def _merge_runs(run: tuple[Tensor, Tensor], extra: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge sorted `extra` (no sentinel, disjoint from `run`) into sorted `run` (with its sentinel)."""
+    (keys_a, ids_a), (keys_b, ids_b) = run, extra
+    to_a = torch.arange(keys_a.numel(), device=keys_a.device) + torch.searchsorted(keys_b, keys_a)
+    to_b = torch.arange(keys_b.numel(), device=keys_a.device) + torch.searchsorted(keys_a, keys_b)
+    keys = keys_a.new_empty(keys_a.numel() + keys_b.numel())
+    ids = torch.empty_like(keys)
+    keys[to_a], keys[to_b] = keys_a, keys_b
+    ids[to_a], ids[to_b] = ids_a, ids_b
+    return keys, ids
+
+
+def _grown(values: Tensor, size: int) -> Tensor:
+    """`values` with room for `size` entries along dim 0 (doubling, new entries zero)."""
+    if size <= values.size(0):
+        return values
+    grown = values.new_zeros((max(size, 2 * values.size(0)), *values.shape[1:]))
+    grown[: values.size(0)] = values
+    return grown
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# n-gram counts of the scored past
+# ----------------------------------------------------------------------------------------------------------------------
+
+SMOOTHINGS = ("kneser_ney", "witten_bell")
+
+
+class NgramHistory:
+    """Counts of every n-gram of orders 1..max_order among the tokens given to `update`, with exact contexts.
+
+    Per node (= context) it keeps the total count, the number of distinct successors and the most frequent successor; per
+    (node, token) pair the raw count and the continuation count (how many distinct one-token-longer contexts the pair was seen
+    in: the count Kneser-Ney uses below the highest order). A node is unknown (-1) until it was seen in an update.
+
+    Memory is bounded by `max_contexts` nodes and `max_entries` pairs (default 3/2 of it); beyond, new contexts are ignored and
+    known ones go on counting. An update of all orders costs about 28 bytes a node and 24 a pair.
+    """
+
+    def __init__(self, vocab_size: int, max_order: int = 9, max_contexts: int = 1 << 25, max_entries: int = 0,
+                 device: torch.device | str = "cpu"):
+        if not 1 <= max_order <= 16:
+            raise ValueError(f"max_order {max_order} is not in 1..16")
+        self.vocab_size, self.max_order, self.base = vocab_size, max_order, vocab_size + 1
+        self.device = torch.device(device)
+        self.contexts = KeyIndex(max_contexts, device, first_id=1)  # node 0 is the root, the empty context
+        self.pairs = KeyIndex(max_entries or max_contexts + max_contexts // 2, device)
+        self.node_stats = torch.zeros(1 << 12, 3, dtype=torch.int32, device=device)  # raw total, types, continuation total
+        self.node_best = torch.zeros(1 << 12, dtype=torch.int64, device=device)      # max over w of count*base + (V - w)
+        self.pair_stats = torch.zeros(1 << 12, 2, dtype=torch.int32, device=device)  # raw count, continuation count
+        # Discounts per order from the counts of counts (n1, n2): D = n1 / (n1 + 2 n2), Ney, Essen, Kneser (1994).
+        self.counts_of_counts = torch.zeros(2, max_order, 2, dtype=torch.int64, device=device)  # raw|cont., order, n1|n2
+        self.tokens = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the tables hold."""
+        flat = sum(t.numel() * t.element_size() for t in (self.node_stats, self.node_best, self.pair_stats))
+        return flat + self.contexts.nbytes + self.pairs.nbytes
+
+    # -- reading (never changes anything) --
+
+    def nodes(self, contexts: Tensor) -> Tensor:
+        """Nodes [n, K] of context rows [n, >=K-1]: column k is the context of the last k tokens, -1 where unknown."""
+        node = torch.zeros(contexts.size(0), dtype=torch.int64, device=contexts.device)
+        columns = [node]
+        for k in range(self.max_order - 1):
+            # An unknown parent gives a negative key, which is never found: the chain stays unknown.
+            node = self.contexts.lookup(node * self.base + contexts[:, k])
+            columns.append(node)
+        return torch.stack(columns, dim=1)
+
+    def hint(self, nodes: Tensor, min_count: int = 1) -> tuple[Tensor, Tensor]:
+        """Most frequent successor of each node (any shape): (token, count); count 0 where there is none. Ties: lowest id."""
+        key = torch.where(nodes >= 0, self.node_best[nodes.clamp_min(0)], 0)
+        count = torch.div(key, self.base, rounding_mode="floor")
+        known = count >= min_count
+        return torch.where(known, self.vocab_size - key % self.base, 0), torch.where(known, count, 0)
+
+    def matched_order(self, nodes: Tensor, min_count: int = 1) -> Tensor:
+        """Longest known context length [n] (0 = only the empty context) whose total count is at least `min_count`."""
+        total = torch.where(nodes >= 0, self.node_stats[nodes.clamp_min(0), 0], 0)
+        return ((total >= min_count) * torch.arange(nodes.size(1), device=nodes.device)).amax(1)
+
+    def pair_counts(self, nodes: Tensor, candidates: Tensor) -> Tensor:
+        """(raw, continuation) counts [n, K, m, 2] of candidates [n, m] after nodes [n, K]."""
+        ids = self.pairs.lookup(nodes[:, :, None] * self.base + candidates[:, None, :])
+        return torch.where((ids >= 0)[..., None], self.pair_stats[ids.clamp_min(0)], 0)
+
+    def probs(self, nodes: Tensor, candidates: Tensor, smoothing: str = "kneser_ney") -> Tensor:
+        """Interpolated n-gram probabilities [n, K, m]: slice k uses contexts up to k tokens; slice 0 is the unigram model.
+
+        Each slice sums to 1 over the vocabulary: an order's missing mass goes to the order below, and the unigram's to the
+        uniform distribution. Witten-Bell: lambda = types / (types + total). Kneser-Ney: absolute discounting with
+        continuation counts below the highest order (Kneser & Ney 1995; Chen & Goodman 1999).
+        """
+        counts = self.pair_counts(nodes, candidates).float()
+        stats = torch.where((nodes >= 0)[..., None], self.node_stats[nodes.clamp_min(0)], 0).float()
+        p = torch.full(candidates.shape, 1.0 / self.vocab_size, device=candidates.device)
+        slices = []
+        discounts = self._discounts() if smoothing == "kneser_ney" else None
+        for k in range(self.max_order):
+            total, types = stats[:, k, 0, None], stats[:, k, 1, None]
+            count = counts[:, k, :, 0]
+            if smoothing == "kneser_ney":
+                if k < self.max_order - 1:
+                    total, count = stats[:, k, 2, None], counts[:, k, :, 1]
+                d = discounts[0 if k == self.max_order - 1 else 1, k]
+                # Every pair seen at all has a continuation count >= 1 > d, so the discounted mass is exactly d * types.
+                p = torch.where(total > 0, ((count - d).clamp_min(0) + d * types * p) / total.clamp_min(1), p)
+            else:
+                p = torch.where(total > 0, (count + types * p) / (total + types).clamp_min(1), p)
+            slices.append(p)
+        return torch.stack(slices, dim=1)
+
+    def _discounts(self) -> Tensor:
+        """Absolute discounts [2 (raw, continuation), K], in (0, 1)."""
+        n1, n2 = self.counts_of_counts.float().unbind(-1)
+        return ((n1 + 1) / (n1 + 2 * n2 + 2)).clamp(0.1, 0.95)
+
+    # -- writing --
+
+    def update(self, contexts: Tensor, targets: Tensor) -> None:
+        """Count scored `targets` [n] after their context rows [n, >=K-1]. Call it only once these targets were scored."""
+        if targets.numel() == 0:
+            return
+        self.tokens += targets.numel()
+        nodes = self._insert_nodes(contexts)
+        n, width = nodes.shape
+        keys = torch.where(nodes >= 0, nodes * self.base + targets[:, None], -1).reshape(-1)
+        unique, inverse, repeats = torch.unique(keys, return_inverse=True, return_counts=True)
+        before = self.pairs.next_id
+        ids = self.pairs.insert(unique)
+        self.pair_stats = _grown(self.pair_stats, self.pairs.next_id)
+
+        # Any one occurrence of each distinct pair tells its node, its order and the pair one order below.
+        occurrence = torch.zeros_like(unique).scatter_(0, inverse, torch.arange(n * width, device=self.device))
+        kept = (ids >= 0).nonzero().squeeze(1)
+        ids_kept, where, repeats = ids[kept], occurrence[kept], repeats[kept].int()
+        order, node = where % width, nodes.reshape(-1)[where]
+        is_new = ids_kept >= before
+
+        old = self.pair_stats[ids_kept, 0]
+        self.pair_stats[ids_kept, 0] = old + repeats
+        self._count_counts(0, order, old, old + repeats)
+        self.node_stats[:, 0].index_add_(0, node, repeats)
+        self.node_stats[:, 1].index_add_(0, node, is_new.int())
+        # Counts only grow, so the running maximum over touched pairs is the maximum over all pairs.
+        rank = (old + repeats).long() * self.base + (self.vocab_size - unique[kept] % self.base)
+        self.node_best.scatter_reduce_(0, node, rank, "amax")
+
+        # A pair first seen after a longer context adds one to the continuation count of the pair below it. So does every
+        # occurrence whose longer context could not be stored: it counts as one never seen before.
+        ids_at = ids[inverse].view(n, width)
+        lost = ((ids_at[:, 1:] < 0) & (ids_at[:, :-1] >= 0)).nonzero()
+        source = torch.cat([where[is_new & (order > 0)] - 1, lost[:, 0] * width + lost[:, 1]])
+        touched, slot, growth = torch.unique(ids_at.view(-1)[source], return_inverse=True, return_counts=True)
+        old, growth = self.pair_stats[touched, 1], growth.int()
+        self.pair_stats[touched, 1] = old + growth
+        self.node_stats[:, 2].index_add_(0, nodes.view(-1)[source], torch.ones_like(source, dtype=torch.int32))
+        self._count_counts(1, torch.zeros_like(touched).scatter_(0, slot, source % width), old, old + growth)
+
+    def _count_counts(self, kind: int, order: Tensor, old: Tensor, new: Tensor) -> None:
+        """Move pairs between the counts of counts as their count goes from `old` to `new`."""
+        for column, value in enumerate((1, 2)):
+            change = (new == value).long() - (old == value).long()
+            self.counts_of_counts[kind, :, column].index_add_(0, order, change)
+
+    def _insert_nodes(self, contexts: Tensor) -> Tensor:
+        """As `nodes`, but unknown contexts are made known while there is room."""
+        node = torch.zeros(contexts.size(0), dtype=torch.int64, device=self.device)
+        columns = [node]
+        for k in range(self.max_order - 1):
+            key = torch.where(node >= 0, node * self.base + contexts[:, k], -1)
+            unique, inverse = torch.unique(key, return_inverse=True)
+            node = self.contexts.insert(unique)[inverse]
+            columns.append(node)
+        self.node_stats = _grown(self.node_stats, self.contexts.next_id)
+        self.node_best = _grown(self.node_best, self.contexts.next_id)
+        return torch.stack(columns, dim=1)
+
+
+def context_rows(tokens: Tensor, positions: Tensor, length: int, vocab_size: int) -> Tensor:
+    """Context rows [n, length] of target positions: tokens[t], tokens[t-1], ... for target t (which is tokens[t + 1]).
+
+    Most recent first; `vocab_size` stands for "before the stream". The target itself is never read.
+    """
+    index = positions[:, None] - torch.arange(length, device=positions.device)
+    return torch.where(index >= 0, tokens[index.clamp_min(0)].long(), vocab_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixers: convex weights fixed before the target is seen
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class HedgeMixer:
+    """Hedge over E members (Freund & Schapire 1997; card E, eta 0.1): log_w -= eta * nll after scoring.
+
+    `share` > 0 is fixed-share (Herbster & Warmuth 1998): after each update that part of the weight is spread evenly, so a member
+    that was bad early can come back. eta 1, share 0 is the Bayes mixture.
+    """
+
+    def __init__(self, members: int, eta: float = 0.1, share: float = 0.0, device: torch.device | str = "cpu"):
+        self.eta, self.share = eta, share
+        self.log_weights = torch.zeros(members, dtype=torch.float64, device=device)
+
+    def weights(self, bins: Tensor) -> Tensor:
+        """Weights [n, E] for rows with context bins [n] (unused here); each row sums to 1."""
+        return self.log_weights.softmax(0).float().expand(bins.numel(), -1)
+
+    def update(self, log_probs: Tensor, bins: Tensor) -> None:
+        """`log_probs` [n, E]: what each member gave the scored targets."""
+        log_w = (self.log_weights + self.eta * log_probs.double().sum(0)).log_softmax(0)
+        if self.share:
+            log_w = torch.log((1 - self.share) * log_w.exp() + self.share / log_w.numel())
+        self.log_weights = log_w
+
+
+class ContextMixer:
+    """Mixing weights per context bin, learned by online expectation maximization (as in deleted interpolation, Jelinek & Mercer
+    1980): a bin's weights are its members' shares of the responsibility for the targets scored in it.
+
+    Unlike Hedge, which converges to the best single member, this converges to the best convex combination, and separately for
+    each kind of position (how long a context matched, how sure its counts and the neural model are). A bin with few scored tokens leans on the
+    weights over all bins, and those on a prior that favours the first member (the neural model).
+    """
+
+    def __init__(self, members: int, bins: int, prior: float = 64.0, first: float = 0.9, decay: float = 1.0,
+                 device: torch.device | str = "cpu"):
+        start = torch.full((members,), (1 - first) / max(members - 1, 1), dtype=torch.float64, device=device)
+        start[0] = first if members > 1 else 1.0
+        self.prior, self.decay, self.start = prior, decay, start
+        self.responsibility = torch.zeros(bins, members, dtype=torch.float64, device=device)
+
+    def _table(self) -> Tensor:
+        everywhere = self.responsibility.sum(0) + self.prior * self.start
+        everywhere = everywhere / everywhere.sum()
+        table = self.responsibility + self.prior * everywhere
+        return table / table.sum(1, keepdim=True)
+
+    def weights(self, bins: Tensor) -> Tensor:
+        return self._table().float()[bins]
+
+    def update(self, log_probs: Tensor, bins: Tensor) -> None:
+        posterior = (self._table()[bins].log() + log_probs.double()).softmax(1)
+        self.responsibility.mul_(self.decay).index_add_(0, bins, posterior)
+
+
+MIXERS = ("context", "hedge", "fixed_share")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mixture
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRANSFORMS = ("tilt", "temperature", "calibration")  # re-shape the neural distribution, in this order
+MEMBERS = ("ngram", "cache", "unigram", "bigram", "trigram", "entropy")  # stand beside it in the mixture
+EXPERTS = TRANSFORMS + MEMBERS
+
+ENTROPY_EDGES = (0.02, 0.06, 0.12, 0.2, 0.3, 0.42)  # of ln V: context bins of the neural entropy
+ORDER_GROUPS = (0, 1, 2, 3, 4, 4, 5, 5, 5)          # context bins of the longest matched context
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """Everything the mixture can be told. Defaults are card E's where it has them."""
+
+    names: tuple[str, ...] = ()
+    mixer: str = "context"             # one of MIXERS
+    max_order: int = 9                 # longest n-gram (context of max_order - 1 tokens)
+    max_contexts: int = 1 << 25        # bound of known contexts over all orders
+    smoothing: str = "kneser_ney"      # one of SMOOTHINGS
+    hedge_eta: float = 0.1
+    hedge_share: float = 1e-3          # only mixer fixed_share
+    temperature: float = 0.15          # T = 1 - this * (1 - H / ln V)
+    calibration_clamp: float = 2.0     # bias = clamp(ln(f_emp / f_pred), +-this)
+    calibration_momentum: float = 0.999
+    calibration_prior: float = 16.0    # pseudo-observations of each token that say f_emp = f_pred
+    tilt_beta: float = 0.0             # 0: learned online, per order and count of the hint
+    tilt_order: int = 2                # order of the hint's n-gram; 0: the longest that matched
+    min_count: int = 2                 # a context seen less often is not "found" by the gated cache
+    report: bool = True                # also mix each member with the neural distribution alone, to know what it gains
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.names if name not in EXPERTS]
+        if unknown:
+            raise ValueError(f"unknown expert {unknown[0]!r}; choose from {', '.join(EXPERTS)}")
+        if self.mixer not in MIXERS or self.smoothing not in SMOOTHINGS:
+            raise ValueError(f"mixer {self.mixer!r} not in {MIXERS} or smoothing {self.smoothing!r} not in {SMOOTHINGS}")
+
+
+def order_adaptive_alpha(entropy: Tensor, order: Tensor, low: int = 2, high: int = 9) -> Tensor:
+    """Card E's gate: weight of the cache given the neural entropy H [n] (nats) and the matched n-gram order [n].
+
+    f = (order - 2)/7; theta = 5 - 3f; alpha = clip((0.05 + 0.9 sigmoid(2(H - theta))) (0.3 + 1.7f), 0, 0.99); 0 below order 2.
+    """
+    f = (order.float() - low) / (high - low)
+    alpha = (0.05 + 0.9 * torch.sigmoid(2 * (entropy - (5 - 3 * f)))) * (0.3 + 1.7 * f)
+    return torch.where(order >= low, alpha.clamp(0, 0.99), 0.0)
+
+
+class ExpertMixture:
+    """Neural distribution + experts -> one distribution; all state comes from `update`, that is, from scored tokens.
+
+    The result depends neither on how positions are spread over ranks nor on the candidates asked for. State is the same on every
+    rank as long as every rank calls `update` with the same block.
+    """
+
+    def __init__(self, config: ExpertConfig, vocab_size: int, device: torch.device | str = "cpu"):
+        self.config, self.vocab_size, self.device = config, vocab_size, torch.device(device)
+        self.transforms = tuple(name for name in TRANSFORMS if name in config.names)
+        # The untouched model stays a member, so that a transform that hurts can be voted down.
+        untouched = ("model",) if self.transforms else ()
+        self.members = ("neural", *untouched, *[name for name in MEMBERS if name in config.names])
+        self.history = NgramHistory(vocab_size, config.max_order, config.max_contexts, device=device)
+        self.num_bins = (max(ORDER_GROUPS) + 1) * 3 * (len(ENTROPY_EDGES) + 1) * 4
+        self.mixer = self._make_mixer(len(self.members))
+        # What one member alone would gain: a two-member mixture of the same kind, neural + it.
+        self.pair_mixers = {name: self._make_mixer(2) for name in self.members[1:]} if config.report else {}
+        self.tilt_bins = config.max_order * 5
+        self.tilt_beta = torch.full((self.tilt_bins,), config.tilt_beta, dtype=torch.float64, device=device)
+        self.tilt_curvature = torch.full((self.tilt_bins,), 8.0, dtype=torch.float64, device=device)
+        self.empirical = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+        self.predicted = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+
+    @property
+    def context_length(self) -> int:
+        return self.config.max_order - 1
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Names of the log-probability series of `Prediction.record`, the final mixture first."""
+        ladder = ("neural_raw", *(f"+{name}" for name in self.transforms))
+        return ("final", *ladder, *self.members, *(f"neural|{name}" for name in self.pair_mixers))
+
+    def _make_mixer(self, members: int) -> HedgeMixer | ContextMixer:
+        if self.config.mixer == "context":
+            return ContextMixer(members, self.num_bins, device=self.device)
+        share = self.config.hedge_share if self.config.mixer == "fixed_share" else 0.0
+        return HedgeMixer(members, self.config.hedge_eta, share, device=self.device)
+
+    def calibration_bias(self) -> Tensor:
+        """Logit bias [V]: clamp(ln(f_emp / f_pred)) of exponentially averaged frequencies, shrunk towards 0 for rare tokens."""
+        c = self.config
+        if self.predicted.sum() == 0:
+            return torch.zeros(self.vocab_size, device=self.device)
+        bias = torch.log((self.empirical + c.calibration_prior) / (self.predicted + c.calibration_prior))
+        return bias.clamp(-c.calibration_clamp, c.calibration_clamp).float()
+
+    @torch.no_grad()
+    def predict(self, logits: Tensor, contexts: Tensor) -> Prediction:
+        """The distribution at n positions, from neural logits [n, V] and context rows [n, K-1]. Changes nothing."""
+        return Prediction(self, logits, contexts)
+
+    @torch.no_grad()
+    def update(self, contexts: Tensor, targets: Tensor, record: Tensor, mass: Tensor) -> None:
+        """Learn from a scored block: contexts [n, K-1], targets [n], the block's `Prediction.record` [n, C] (float64) and the sum
+        over the block of the predicted probabilities [V]."""
+        if targets.numel() == 0:
+            return
+        columns = {name: record[:, i] for i, name in enumerate(self.series)}
+        bins, tilt_bin, hint_prob = record[:, -3].long(), record[:, -2].long(), record[:, -1]
+        self.mixer.update(torch.stack([columns[name] for name in self.members], 1), bins)
+        for name, mixer in self.pair_mixers.items():
+            mixer.update(torch.stack([columns["neural"], columns[name]], 1), bins)
+        if "tilt" in self.transforms and not self.config.tilt_beta:
+            self._learn_tilt(contexts, targets, tilt_bin, hint_prob)
+        if "calibration" in self.transforms:
+            decay = self.config.calibration_momentum ** (targets.numel() / 64)  # the momentum is one of 64-token strides
+            seen = torch.bincount(targets, minlength=self.vocab_size)[: self.vocab_size]
+            self.empirical.mul_(decay).add_(seen)
+            self.predicted.mul_(decay).add_(mass)
+        self.history.update(contexts, targets)
+
+    def _learn_tilt(self, contexts: Tensor, targets: Tensor, tilt_bin: Tensor, hint_prob: Tensor) -> None:
+        """One online Newton step on each bin's beta: d(nll)/d(beta) = p(h) - [target is h], curvature p(h)(1 - p(h)).
+
+        The hints are looked up before this block is counted, so they are those that were scored with.
+        """
+        hint, count = self._hint(self.history.nodes(contexts))[:2]
+        used = count > 0
+        gap = ((hint == targets).double() - hint_prob) * used
+        self.tilt_curvature.index_add_(0, tilt_bin, hint_prob * (1 - hint_prob) * used)
+        step = torch.zeros_like(self.tilt_beta).index_add_(0, tilt_bin, gap) / self.tilt_curvature
+        self.tilt_beta += step.clamp(-0.5, 0.5)
+
+    def _hint(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hinted token, its count (0: no hint) and its context length, each [n]."""
+        if self.config.tilt_order:
+            length = torch.full_like(nodes[:, 0], min(self.config.tilt_order, self.config.max_order) - 1)
+        else:
+            length = self.history.matched_order(nodes)
+        token, count = self.history.hint(nodes.gather(1, length[:, None]).squeeze(1))
+        return token, count, length
+
+
+class Prediction:
+    """A frozen distribution at n positions; made by `ExpertMixture.predict` without any target.
+
+    `probs(candidates)` is the one way to its values: scoring asks it for the targets, the audit for the whole vocabulary.
+    """
+
+    def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor):
+        config, history = mixture.config, mixture.history
+        self.mixture = mixture
+        self.scored_before = history.tokens
+        self.nodes = history.nodes(contexts)
+        log_p = logits.float().log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        ladder = [log_p]
+
+        hint, hint_count, hint_length = mixture._hint(self.nodes)
+        self.tilt_bin = hint_length * 5 + torch.bucketize(hint_count, hint_count.new_tensor((2, 4, 8, 16)), right=True)
+        for name in mixture.transforms:
+            if name == "tilt":  # p'(w) = p(w) e^{beta [w = h]} / Z,  Z = 1 + p(h)(e^beta - 1)
+                beta = torch.where(hint_count > 0, mixture.tilt_beta[self.tilt_bin].float(), 0.0)
+                p_hint = ladder[-1].gather(1, hint[:, None]).squeeze(1).exp()
+                shifted = ladder[-1].scatter_add(1, hint[:, None], beta[:, None])
+                ladder.append(shifted - torch.log1p(p_hint * torch.expm1(beta))[:, None])
+            elif name == "temperature":  # sharper where the model is sure: T = 1 - s (1 - H / ln V)
+                t = 1 - config.temperature * (1 - entropy / math.log(mixture.vocab_size))
+                ladder.append((ladder[-1] / t[:, None]).log_softmax(-1))
+            elif name == "calibration":
+                ladder.append((ladder[-1] + mixture.calibration_bias()).log_softmax(-1))
+        self.ladder = ladder
+        self.hint_prob = ladder[1 if mixture.transforms[:1] == ("tilt",) else 0].gather(1, hint[:, None]).squeeze(1).exp()
+        # The entropy expert: the neural distribution flattened towards uniform, the more the less sure it is.
+        self.flatten = (entropy / math.log(mixture.vocab_size)).clamp(0, 1)[:, None]
+        found = history.matched_order(self.nodes, config.min_count)
+        self.alpha = order_adaptive_alpha(entropy, found + 1)[:, None]
+        self.bins = self._context_bins()
+        self.weights = mixture.mixer.weights(self.bins)
+        self.pair_weights = {name: mixer.weights(self.bins) for name, mixer in mixture.pair_mixers.items()}
+
+    def _context_bins(self) -> Tensor:
+        """What kind of position this is [n]: matched order x its count x neural entropy x neural belief in the n-gram's hint."""
+        history, log_p = self.mixture.history, self.ladder[-1]
+        length = history.matched_order(self.nodes)
+        node = self.nodes.gather(1, length[:, None]).squeeze(1)
+        group = torch.tensor(ORDER_GROUPS, device=length.device)[length.clamp_max(len(ORDER_GROUPS) - 1)]
+        count = torch.bucketize(history.node_stats[node, 0], torch.tensor((2, 4), device=length.device), right=True)
+        edges = torch.tensor(ENTROPY_EDGES, device=length.device)
+        sure = torch.bucketize(self.flatten.squeeze(1), edges, right=True)
+        belief = log_p.gather(1, history.hint(node)[0][:, None]).squeeze(1).exp()
+        agree = torch.bucketize(belief, torch.tensor((0.05, 0.3, 0.7), device=length.device), right=True)
+        return ((group * 3 + count) * (len(ENTROPY_EDGES) + 1) + sure) * 4 + agree
+
+    def member_probs(self, candidates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Every member's probabilities [n, m, E] of candidate tokens [n, m] at the (selected) positions."""
+        mixture, config = self.mixture, self.mixture.config
+        neural, flatten, alpha = self.ladder[-1][rows].gather(1, candidates).exp(), self.flatten[rows], self.alpha[rows]
+        columns = {"neural": neural, "entropy": (1 - flatten) * neural + flatten / mixture.vocab_size}
+        if "model" in mixture.members:
+            columns["model"] = self.ladder[0][rows].gather(1, candidates).exp()
+        if mixture.history.tokens != self.scored_before:
+            raise RuntimeError("a prediction was asked for probabilities after its block had been counted")
+        if set(mixture.members) & {"ngram", "cache", "unigram", "bigram", "trigram"}:
+            slices = mixture.history.probs(self.nodes[rows], candidates, config.smoothing)
+            last = config.max_order - 1
+            columns["ngram"] = slices[:, last]
+            columns["cache"] = (1 - alpha) * neural + alpha * slices[:, last]
+            for k, name in enumerate(("unigram", "bigram", "trigram")):
+                columns[name] = slices[:, min(k, last)]
+        return torch.stack([columns[name] for name in mixture.members], dim=-1)
+
+    def probs(self, candidates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Final probabilities [n, m] of candidate tokens [n, m] at the (selected) positions."""
+        return (self.member_probs(candidates, rows) * self.weights[rows][:, None, :]).sum(-1)
+
+    def distribution(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The full distribution [n, V] at the (selected) positions: `probs` of every token."""
+        n = self.nodes[rows].size(0)
+        return self.probs(torch.arange(self.mixture.vocab_size, device=self.nodes.device).expand(n, -1), rows)
+
+    def mass(self) -> Tensor:
+        """Sum over positions of the neural distribution that calibration corrects [V], float64."""
+        stage = -2 if "calibration" in self.mixture.transforms else -1
+        return self.ladder[stage].exp().sum(0, dtype=torch.float64)
+
+    def record(self, targets: Tensor) -> Tensor:
+        """What scoring the targets gave [n, C], float64: one column a name of `ExpertMixture.series` (log-probabilities), then
+        the context bin, the tilt bin and the probability of the tilt's hint. Everything `update` needs of this prediction."""
+        picked = targets[:, None]
+        members = self.member_probs(picked).squeeze(1)
+        final = (members * self.weights).sum(-1)
+        pairs = [(members[:, [0, 1 + i]] * weights).sum(-1) for i, weights in enumerate(self.pair_weights.values())]
+        log_p = [final.log(), *(log_p.gather(1, picked).squeeze(1) for log_p in self.ladder), *members.log().unbind(-1),
+                 *(p.log() for p in pairs)]
+        return torch.stack([*log_p, self.bins, self.tilt_bin, self.hint_prob], dim=1).double()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The formula that is not a probability (reporting only)
+# ----------------------------------------------------------------------------------------------------------------------
+
+_PRIMES = (36313, 27191, 51647, 81929, 131071, 174763, 233017, 299993, 360007)
+
+
+class InvalidTargetKeyedCache:
+    """Card E's published cache, kept to show what it claims: hashed counts whose key contains the *target*, mixed only for the
+    true token. It is no distribution: over the vocabulary its "probabilities" sum to far more than 1. It never enters a score.
+    """
+
+    def __init__(self, vocab_size: int, low: int = 2, high: int = 9, buckets: int = 1 << 22, min_count: int = 2,
+                 device: torch.device | str = "cpu"):
+        self.vocab_size, self.orders, self.buckets, self.min_count = vocab_size, range(low, high + 1), buckets, min_count
+        self.context_counts = torch.zeros(len(self.orders), buckets, dtype=torch.int32, device=device)
+        self.full_counts = torch.zeros(len(self.orders), buckets, dtype=torch.int32, device=device)
+
+    def _keys(self, contexts: Tensor, candidates: Tensor, order: int) -> tuple[Tensor, Tensor]:
+        """Bucket of the context [n] and of (context, candidate) [n, m]."""
+        mixed = torch.zeros_like(contexts[:, 0])
+        for k in range(order - 1):
+            mixed = mixed ^ (contexts[:, k] * _PRIMES[k])
+        full = mixed[:, None] ^ (candidates * _PRIMES[order - 1])
+        return mixed % self.buckets, full % self.buckets
+
+    def claim(self, neural: Tensor, entropy: Tensor, contexts: Tensor, candidates: Tensor) -> Tensor:
+        """What the formula claims as the probability [n, m] of each candidate, were it the target; neural [n, m], entropy [n]."""
+        cached = torch.zeros_like(neural)
+        order_of = torch.zeros_like(candidates)
+        for i, order in enumerate(self.orders):  # the highest order found wins
+            context_key, full_key = self._keys(contexts, candidates, order)
+            seen = self.context_counts[i][context_key][:, None]
+            both = torch.minimum(self.full_counts[i][full_key], seen)
+            found = (seen >= self.min_count) & (both > 0)
+            cached = torch.where(found, both / seen.clamp_min(1), cached)
+            order_of = torch.where(found, order, order_of)
+        alpha = order_adaptive_alpha(entropy[:, None], order_of, self.orders[0], self.orders[-1])
+        return (1 - alpha) * neural + alpha * cached
+
+    def update(self, contexts: Tensor, targets: Tensor) -> None:
+        for i, order in enumerate(self.orders):
+            context_key, full_key = self._keys(contexts, targets[:, None], order)
+            one = torch.ones_like(context_key, dtype=torch.int32)
+            self.context_counts[i].index_add_(0, context_key, one)
+            self.full_counts[i].index_add_(0, full_key.squeeze(1), one)
