@@ -1,0 +1,2518 @@
+"""Train a tiny language model for the 16 MB challenge: code + compressed weights ≤ 16,000,000 bytes, scored in bits per byte.
+
+    python train_gpt.py                                            one device (CUDA if present, else CPU)
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          one node of 8 GPUs
+    PRESET=gdn_hybrid torchrun ... train_gpt.py                    one of the systems under records/
+    PRESET=gdn_hybrid/one_gpu MUON_WD=0 python train_gpt.py        a preset's smaller budget, with one ablation
+    python train_gpt.py --print-config                             every setting, its value and where it came from
+    python train_gpt.py --describe                                 layers, parameters and size estimate, without training
+
+Every hyperparameter is an environment variable, declared once in `Config` below. The run writes runs/<RUN_ID>/ (train.log,
+metrics.jsonl, config.json, model.safetensors, checkpoints/). Next: `python quantize.py runs/<RUN_ID>`, then `python eval_ttt.py
+runs/<RUN_ID>/artifact.bin`.
+
+The file reads top to bottom: configuration, run context, data, byte accounting, ops (each beside its naive twin), mixers, block and
+model, parameter table and optimizers, schedules, evaluation, checkpoints, main. quantize.py and eval_ttt.py import from it; it
+imports neither. Importing it has no side effects: no CUDA, no process group, no environment read before `main()`.
+
+Shapes in comments: B batch, T time, H heads, D head dim, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS_ID = 1  # starts every document in the published shards
+SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
+
+
+class UserError(Exception):
+    """A fault of input: shown as one line, exit code 2."""
+
+
+def cli(main: Callable[[], int | None]) -> None:
+    """Run a command's main(): a `UserError` becomes one clear line on stderr and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code = 2
+    sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, on failure remove it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration: the one table of settings, and the one place that reads the environment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, help: str, stage: str, low=None, high=None, choices=None):
+    """Declare one `Config` field. `stage` says who owns it: data, model, train, quant or eval."""
+    metadata = {"help": help, "stage": stage, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def _stage(stage: str):
+    return lambda default, help, **limits: setting(default, help, stage, **limits)
+
+
+_data, _model, _train, _quant, _eval = (_stage(s) for s in ("data", "model", "train", "quant", "eval"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every hyperparameter. The environment variable of `train_seq_len` is TRAIN_SEQ_LEN, and so on.
+
+    Names and defaults follow the challenge's public baseline where it has one. Use `resolve_config`, which also checks ranges.
+    """
+
+    # --- data and run
+    data_path: str = _data("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin shards")
+    tokenizer_path: str = _data("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of those shards")
+    runs_dir: str = _data("./runs", "where runs/<RUN_ID>/ folders go")
+    run_id: str = _data("", "name of the run's folder; empty: made from preset, date and a random suffix")
+    device: str = _data("auto", "auto: CUDA if present", choices=("auto", "cpu", "cuda"))
+    compile: str = _data("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    seed: int = _data(1337, "seed of the initial weights and of every random draw", low=0)
+    resume: bool = _data(False, "continue RUN_ID from its last checkpoint")
+
+    # --- model: shape
+    vocab_size: int = _model(1024, "tokenizer's vocabulary", low=8, high=65536)
+    layer_pattern: str = _model("", "one mixer letter a layer (A attention, S sliding window, G GDN, T token shift); empty: all A")
+    num_layers: int = _model(0, "layers; 0: the length of LAYER_PATTERN, or 9", low=0, high=256)
+    model_dim: int = _model(512, "width of the residual stream", low=8)
+    num_heads: int = _model(8, "query heads", low=1)
+    num_kv_heads: int = _model(4, "key/value heads (GQA)", low=1)
+    mlp_mult: float = _model(2.0, "MLP hidden width / MODEL_DIM", low=0.1, high=16)
+    mlp_act: str = _model("leaky_relu2", "squared activation of the MLP", choices=("leaky_relu2", "relu2", "silu2"))
+    tied_embed_init_std: float = _model(0.005, "std of the tied embedding at init", low=0)
+    logit_softcap: float = _model(30.0, "c in c*tanh(z/c)", low=1e-3)
+    ln_scale: bool = _model(True, "scale each layer's norm by 1/sqrt(layer+1)")
+    document_mask: bool = _model(False, "no attention or GDN state across a BOS: documents are independent")
+
+    # --- model: attention
+    rope_dims: int = _model(16, "head dims that are rotated (partial RoPE); 0: all", low=0)
+    rope_base: float = _model(10000.0, "RoPE base", low=1)
+    qk_gain_init: float = _model(1.5, "initial per-head gain on the normalized queries", low=0)
+    window_size: int = _model(512, "keys a sliding-window layer sees, own position included", low=1)
+    shared_layers: str = _model("", "groups of layers sharing mixer weights, e.g. 5,11 or 5,11;2,3")
+    xsa_layers: str = _model("", "attention layers with exclusive self-attention: all, or e.g. 7,10 or 2-9")
+    attn_sink: bool = _model(False, "one learned sink key per KV head, zero value, in full-attention layers")
+    attn_gate_width: int = _model(0, "per-head output gate from the first n input dims; 0: off", low=0)
+    ve_layers: str = _model("", "attention layers that add the value embedding to v")
+    ve_dim: int = _model(128, "width of the value-embedding table", low=1)
+    attention_backend: str = _data("auto", "attention kernel", choices=("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain"))
+
+    # --- model: Gated DeltaNet
+    gdn_qk_heads: int = _model(8, "GDN query/key heads", low=1)
+    gdn_v_heads: int = _model(8, "GDN value heads (a multiple of GDN_QK_HEADS)", low=1)
+    gdn_head_dim: int = _model(64, "GDN head dim", low=1)
+    gdn_conv_size: int = _model(4, "width of the causal depthwise convolution on q, k, v; 1: its own position only", low=1, high=8)
+    gdn_feature_map: str = _model("silu", "activation of q and k before their L2 norm", choices=("silu", "elu1"))
+    gdn_output_norm: bool = _model(True, "RMSNorm of each head's output before the gate")
+    gdn_a_min: float = _model(1.0, "A ~ logU(GDN_A_MIN, GDN_A_MAX) at init", low=1e-4)
+    gdn_a_max: float = _model(16.0, "see GDN_A_MIN", low=1e-4)
+    gdn_backend: str = _data("auto", "auto: flash-linear-attention on CUDA, chunked PyTorch elsewhere", choices=("auto", "fla", "torch"))
+
+    # --- model: embedding side
+    bigram_vocab_size: int = _model(0, "buckets of the hashed n-gram table; 0: off", low=0)
+    bigram_dim: int = _model(128, "its width before the projection", low=1)
+    trigram_hash: bool = _model(False, "also look trigrams up in that table")
+    smear_gate: bool = _model(False, "learned blend with the previous token's embedding")
+
+    # --- model: depth
+    parallel_start: int = _model(-1, "first layer with parallel residuals (attention and MLP read the same input); -1: none", low=-1)
+    unet_skips: bool = _model(False, "gated skips from the first half of the layers to the second")
+    loop_start: int = _model(0, "first layer of the recurrent segment", low=0)
+    loop_end: int = _model(0, "last layer of the recurrent segment", low=0)
+    num_loops: int = _model(0, "extra passes over the segment; 0: no depth recurrence", low=0, high=16)
+    enable_looping_at: float = _model(0.35, "fraction of the training budget at which the recurrence starts", low=0, high=1)
+    loop_ln_scale: float = _model(1.0, "factor on the looped layers' norm scale while looping", low=0)
+
+    # --- training: budget and batch
+    max_wallclock_seconds: float = _train(600.0, "training budget; 0: ITERATIONS alone decides", low=0)
+    iterations: int = _train(20000, "at most this many steps", low=1)
+    gptq_reserve_seconds: float = _train(0.0, "part of the budget kept back for calibration", low=0)
+    train_seq_len: int = _train(1024, "tokens a sequence", low=2)
+    train_batch_tokens: int = _train(524288, "tokens a step, over all ranks", low=2)
+    train_batch_tokens_per_gpu: int = _train(0, "tokens a step on each rank; overrides TRAIN_BATCH_TOKENS", low=0)
+    micro_batch_tokens: int = _train(0, "tokens a forward on each rank; 0: as many as fit the default", low=0)
+    warmup_steps: int = _train(20, "compile warmup steps a graph, before the clock, undone afterwards", low=0)
+    reference_steps: int = _train(4900, "run length for which EMA_DECAY is meant: other lengths keep the same fraction", low=1)
+
+    # --- training: schedule and optimizers
+    warmdown_frac: float = _train(0.72, "last fraction of the budget over which the LR falls linearly", low=0, high=1)
+    min_lr: float = _train(0.0, "floor of the LR, as a fraction", low=0, high=1)
+    matrix_lr: float = _train(0.04, "Muon", low=0)
+    scalar_lr: float = _train(0.04, "AdamW: scalars, gates, convolutions", low=0)
+    tied_embed_lr: float = _train(0.05, "AdamW: embedding tables", low=0)
+    muon_momentum: float = _train(0.95, "final momentum", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = _train(0.85, "momentum at the first step", low=0, high=0.9999)
+    muon_momentum_warmup_frac: float = _train(0.1, "fraction of the budget over which it rises", low=0, high=1)
+    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", low=1, high=20)
+    muon_coefficients: str = _train("quintic", "Newton-Schulz tuples", choices=("quintic", "polar_express"))
+    muon_row_norm: bool = _train(False, "MuonEq-R: normalize the rows before Newton-Schulz")
+    muon_wd: float = _train(0.0, "decoupled weight decay of the matrices", low=0)
+    muon_wd_mlp: float = _train(-1.0, "the same for MLP matrices; -1: MUON_WD", low=-1)
+    embed_wd: float = _train(0.0, "weight decay of embedding tables", low=0)
+    adam_wd: float = _train(0.0, "weight decay of the other AdamW parameters", low=0)
+    beta1: float = _train(0.9, "AdamW", low=0, high=0.9999)
+    beta2: float = _train(0.95, "AdamW", low=0, high=0.99999)
+    adam_eps: float = _train(1e-8, "AdamW", low=0)
+    grad_clip_norm: float = _train(0.0, "global gradient norm; 0: no clipping", low=0)
+    ema_decay: float = _train(0.997, "weight average, per step of a REFERENCE_STEPS run; 0: off", low=0, high=0.999999)
+
+    # --- training: quantization awareness
+    late_qat_threshold: float = _train(0.0, "QAT once the LR scale is below this; 0: off", low=0, high=1)
+    qat_last_frac: float = _train(0.0, "QAT over the last fraction of the budget; 0: off", low=0, high=1)
+    qat_mode: str = _train("fake", "fake-quantize (straight-through) or add matching noise", choices=("fake", "noise"))
+    qat_targets: str = _train(".*", "regular expression on the linear layers' names")
+    qat_bits: int = _train(6, "bits that QAT imitates", low=2, high=8)
+    qat_noise_scale: float = _train(0.05, "noise: sigma = this * step / sqrt(12)", low=0)
+    crown_q_lambda: float = _train(0.0, "CROWN-Q penalty during warmdown", low=0)
+
+    # --- training: reports
+    val_loss_every: int = _train(1000, "steps between validations; 0: only at the end", low=0)
+    val_tokens: int = _train(0, "validate on the first n tokens only; 0: all", low=0)
+    train_log_every: int = _train(200, "steps between log lines", low=1)
+    checkpoint_every: int = _train(1000, "steps between checkpoints; 0: only when stopped by a signal", low=0)
+
+    # --- quantization
+    quant_method: str = _quant("gptq", "gptq, or rtn (round to nearest) for comparison", choices=("gptq", "rtn"))
+    matrix_bits: int = _quant(6, "bits of matrices", low=2, high=8)
+    embed_bits: int = _quant(8, "bits of embedding tables", low=2, high=8)
+    matrix_clip_sigmas: float = _quant(12.85, "SDClip: row scale = k*std(row)/(2^(b-1)-1)", low=0.1)
+    embed_clip_sigmas: float = _quant(20.0, "the same for embedding tables", low=0.1)
+    mlp_clip_sigmas: float = _quant(0.0, "k of MLP matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
+    attn_clip_sigmas: float = _quant(0.0, "k of attention matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
+    bits_override: str = _quant("", "name-or-role:bits, comma separated, e.g. attn.proj:7,embed:7")
+    gptq_calibration_batches: int = _quant(64, "calibration batches of 8 sequences, from training shards", low=1)
+    gptq_block_size: int = _quant(128, "columns solved before the lazy update", low=1)
+    gptq_damp: float = _quant(0.01, "Hessian damping, times its mean diagonal", low=0)
+    compressor: str = _quant("brotli", "packing of the symbols", choices=("brotli", "zstd", "lzma", "zlib", "range"))
+    hadamard_vo: bool = _quant(False, "rotate V and O per KV head by a Hadamard matrix before quantizing")
+    prune_fraction: float = _quant(0.0, "magnitude pruning before quantizing", low=0, high=0.95)
+    embed_split_top: int = _quant(0, "most frequent ids kept at EMBED_BITS; the rest gets EMBED_SPLIT_BITS; 0: no split", low=0)
+    embed_split_bits: int = _quant(7, "bits of the rarer rows", low=2, high=8)
+    lqer_rank: int = _quant(0, "rank of the error correction of the worst tensors; 0: off", low=0, high=64)
+    lqer_top: int = _quant(3, "how many tensors it corrects", low=1)
+    target_bytes: int = _quant(0, "search clips and bits to land just under this total; 0: off", low=0)
+
+    # --- evaluation
+    eval_seq_len: int = _eval(0, "context window; 0: TRAIN_SEQ_LEN", low=0)
+    eval_stride: int = _eval(64, "tokens scored per sliding window", low=1)
+    eval_batch_seqs: int = _eval(0, "windows a forward; 0: automatic", low=0)
+    ttt_enabled: bool = _eval(True, "score-first test-time training after the plain sliding pass")
+    ttt_optimizer: str = _eval("sgd", "its optimizer", choices=("sgd", "adamw"))
+    ttt_lr: float = _eval(0.005, "its learning rate", low=0)
+    ttt_momentum: float = _eval(0.9, "SGD momentum", low=0, high=0.9999)
+    ttt_nesterov: bool = _eval(True, "Nesterov momentum")
+    ttt_epochs: int = _eval(4, "passes over each scored chunk", low=0)
+    ttt_chunk_tokens: int = _eval(32768, "tokens scored before the weights may learn from them", low=1)
+    ttt_grad_clip: float = _eval(1.0, "gradient norm; 0: no clipping", low=0)
+    ttt_params: str = _eval("all", "what trains", choices=("all", "mlp", "matrices", "lora"))
+    ttt_freeze_blocks: int = _eval(0, "first blocks that do not train", low=0)
+    ttt_lora_rank: int = _eval(8, "rank of the LoRA adapters", low=1)
+    ttt_lr_schedule: str = _eval("cosine", "over chunks", choices=("constant", "cosine", "adaptive"))
+    ttt_polyak: float = _eval(0.0, "decay of the averaged weights used for scoring; 0: off", low=0, high=0.99999)
+    ttt_byte_weighted: bool = _eval(False, "weight each token's loss by its bytes")
+    ttt_hash_buckets: int = _eval(0, "zero-initialised evaluation-time hash embedding; 0: off", low=0)
+    ttt_hash_lr_mult: float = _eval(10.0, "its learning rate over TTT_LR", low=0)
+    ttt_reset_per_doc: bool = _eval(False, "forget at document starts")
+    ttt_batch_seqs: int = _eval(32, "sequences a TTT step, over all ranks", low=1)
+    experts: str = _eval("", "distributions mixed with the model's, comma separated")
+
+    # Filled by resolve_config: setting -> "default", "preset:<name>", "run" or "env".
+    origins: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def to_dict(self) -> dict:
+        """Settings as plain values, for config.json and artifact headers."""
+        return {f.name: getattr(self, f.name) for f in settings()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> Config:
+        """The inverse of `to_dict`; checked like any other input."""
+        return _build_config({name: (value, "run") for name, value in values.items()})
+
+    @property
+    def pattern(self) -> str:
+        return self.layer_pattern or "A" * (self.num_layers or 9)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    def replace(self, **changes) -> Config:
+        """A checked copy with some settings changed."""
+        return Config.from_dict({**self.to_dict(), **changes})
+
+
+def settings(stage: str | None = None) -> list[dataclasses.Field]:
+    """The fields of `Config` that are settings, of one stage or all."""
+    return [f for f in dataclasses.fields(Config) if f.metadata and stage in (None, f.metadata["stage"])]
+
+
+def _parse_value(spec: dataclasses.Field, value, origin: str):
+    """Text (or an already typed value) -> the field's type, within its limits."""
+    name = spec.name.upper()
+    limits = spec.metadata
+    try:
+        if spec.type == "bool":
+            words = {"0": False, "1": True, "false": False, "true": True}
+            value = words[str(value).strip().lower()]
+        elif spec.type == "int":
+            if isinstance(value, (bool, float)):
+                raise ValueError
+            value = int(value)
+        elif spec.type == "float":
+            value = float(value)
+            if not math.isfinite(value):
+                raise ValueError
+        else:
+            value = str(value)
+    except (ValueError, KeyError, TypeError):
+        kind = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number"}[spec.type]
+        raise UserError(f"{name}={value!r} ({origin}) is not {kind}") from None
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{name}={value!r} ({origin}) is not one of {', '.join(limits['choices'])}")
+    if limits["low"] is not None and value < limits["low"]:
+        raise UserError(f"{name}={value} ({origin}) is below its least value {limits['low']}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise UserError(f"{name}={value} ({origin}) is above its greatest value {limits['high']}")
+    return value
+
+
+def _build_config(raw: Mapping[str, tuple[object, str]]) -> Config:
+    """name -> (value, origin) to a checked Config."""
+    specs = {f.name: f for f in settings()}
+    unknown = [name for name in raw if name not in specs]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], specs, n=1)
+        hint = f"; did you mean {close[0].upper()}?" if close else ""
+        raise UserError(f"unknown setting {unknown[0].upper()} ({raw[unknown[0]][1]}){hint}")
+    values = {name: _parse_value(specs[name], value, origin) for name, (value, origin) in raw.items()}
+    cfg = Config(**values, origins={name: raw[name][1] if name in raw else "default" for name in specs})
+    _check_config(cfg)
+    return cfg
+
+
+def _check_config(cfg: Config) -> None:
+    """What single ranges cannot say."""
+    pattern = cfg.pattern
+    if cfg.num_layers and cfg.num_layers != len(pattern):
+        raise UserError(f"LAYER_PATTERN={pattern} has {len(pattern)} layers but NUM_LAYERS={cfg.num_layers}")
+    unknown = sorted(set(pattern) - set(MIXERS))
+    if unknown:
+        known = ", ".join(f"{letter} ({mixer.title})" for letter, mixer in MIXERS.items())
+        raise UserError(f"LAYER_PATTERN={pattern} names the unknown mixer {unknown[0]!r}; known: {known}")
+    if cfg.model_dim % cfg.num_heads:
+        raise UserError(f"MODEL_DIM={cfg.model_dim} does not divide into NUM_HEADS={cfg.num_heads} heads")
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise UserError(f"NUM_HEADS={cfg.num_heads} is not a multiple of NUM_KV_HEADS={cfg.num_kv_heads}")
+    if cfg.gdn_v_heads % cfg.gdn_qk_heads:
+        raise UserError(f"GDN_V_HEADS={cfg.gdn_v_heads} is not a multiple of GDN_QK_HEADS={cfg.gdn_qk_heads}")
+    if cfg.gdn_a_min > cfg.gdn_a_max:
+        raise UserError(f"GDN_A_MIN={cfg.gdn_a_min} is above GDN_A_MAX={cfg.gdn_a_max}")
+    rope_dims = cfg.rope_dims or cfg.head_dim
+    if rope_dims % 2 or rope_dims > cfg.head_dim:
+        raise UserError(f"ROPE_DIMS={cfg.rope_dims} must be even and at most the head dim {cfg.head_dim}")
+    if cfg.attn_gate_width > cfg.model_dim:
+        raise UserError(f"ATTN_GATE_WIDTH={cfg.attn_gate_width} is wider than MODEL_DIM={cfg.model_dim}")
+    if cfg.bigram_vocab_size == 1:
+        raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no bucket for n-grams: the last one means 'no predecessor'")
+    if cfg.trigram_hash and not cfg.bigram_vocab_size:
+        raise UserError("TRIGRAM_HASH=1 needs BIGRAM_VOCAB_SIZE: both share one table")
+    if cfg.num_loops and not cfg.loop_start <= cfg.loop_end < len(pattern):
+        raise UserError(f"the recurrent segment {cfg.loop_start}-{cfg.loop_end} is not within the {len(pattern)} layers")
+    for name in ("xsa_layers", "ve_layers"):
+        for layer in parse_layers(getattr(cfg, name), len(pattern), name.upper()):
+            if not issubclass(MIXERS[pattern[layer]], CausalAttention) and getattr(cfg, name) != "all":
+                raise UserError(f"{name.upper()}: layer {layer} is {pattern[layer]}, not attention")
+    owner = layer_owners(cfg)
+    for layer, first in enumerate(owner):
+        if MIXERS[pattern[layer]] is not MIXERS[pattern[first]]:
+            raise UserError(f"SHARED_LAYERS: layers {first} ({pattern[first]}) and {layer} ({pattern[layer]}) differ in kind")
+    if cfg.gptq_reserve_seconds and cfg.gptq_reserve_seconds >= cfg.max_wallclock_seconds > 0:
+        raise UserError(f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS")
+    try:
+        re.compile(cfg.qat_targets)
+    except re.error as error:
+        raise UserError(f"QAT_TARGETS={cfg.qat_targets!r} is not a regular expression: {error}") from None
+
+
+def parse_layers(text: str, num_layers: int, name: str) -> list[int]:
+    """'all', '' or a list such as '2-9' or '0,1,10' -> sorted layer numbers."""
+    if text == "all":
+        return list(range(num_layers))
+    layers: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise UserError(f"{name}={text!r} is not 'all' or a list such as 2-9 or 0,1,10")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_layers:
+            raise UserError(f"{name}={text!r} names a layer outside 0-{num_layers - 1}")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
+def layer_owners(cfg: Config) -> list[int]:
+    """For each layer, the first layer of the SHARED_LAYERS group it belongs to (itself when it shares with none)."""
+    owners = list(range(len(cfg.pattern)))
+    for group in filter(None, cfg.shared_layers.split(";")):
+        layers = parse_layers(group, len(owners), "SHARED_LAYERS")
+        for layer in layers:
+            owners[layer] = layers[0]
+    return owners
+
+
+def read_preset(preset: str, records: Path | None = None) -> dict[str, tuple[str, str]]:
+    """'name' -> records/name/config.env; 'name/variant' -> that, then records/name/variant.env on top of it."""
+    records = records or Path(__file__).resolve().parent / "records"
+    name, _, variant = preset.partition("/")
+    files = [records / name / "config.env"] + ([records / name / f"{variant}.env"] if variant else [])
+    values: dict[str, tuple[str, str]] = {}
+    for path in files:
+        if not path.is_file():
+            known = sorted(p.parent.name for p in records.glob("*/config.env"))
+            raise UserError(f"PRESET={preset}: no {path.parent.name}/{path.name} under records/; presets: {', '.join(known)}")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            line = line.split("#")[0].strip()
+            key, equals, value = line.partition("=")
+            if line and not (equals and re.fullmatch(r"[A-Z][A-Z0-9_]*", key)):
+                raise UserError(f"{path.parent.name}/{path.name} line {number} is not NAME=value: {line!r}")
+            if line:
+                values[key.lower()] = (value.strip(), f"preset:{preset}")
+    return values
+
+
+def resolve_config(environ: Mapping[str, str], base: Mapping | None = None) -> Config:
+    """default < preset (or, given `base`, the finished run's settings) < environment.
+
+    With `base` a model setting in the environment that contradicts the run is refused: the weights already fix it.
+    """
+    names = {f.name: f.metadata["stage"] for f in settings()}
+    raw: dict[str, tuple[object, str]] = {}
+    if base is not None:
+        raw.update({name: (value, "run") for name, value in base.items()})
+    elif environ.get("PRESET"):
+        raw.update(read_preset(environ["PRESET"]))
+    given = {name: (environ[name.upper()], "env") for name in names if environ.get(name.upper(), "") != ""}
+    if base is not None:
+        fixed = Config.from_dict(base)
+        for name, (value, origin) in given.items():
+            spec = next(f for f in settings() if f.name == name)
+            if names[name] == "model" and _parse_value(spec, value, origin) != getattr(fixed, name):
+                raise UserError(f"{name.upper()}={value} contradicts the trained model, whose value is {getattr(fixed, name)}")
+    raw.update(given)
+    return _build_config(raw)
+
+
+def near_misses(environ: Mapping[str, str]) -> list[str]:
+    """Warnings for environment variables that look like misspelt settings."""
+    names = [f.name.upper() for f in settings()] + ["PRESET"]
+    warnings = []
+    for variable in environ:
+        close = [] if variable in names else difflib.get_close_matches(variable, names, n=1, cutoff=0.86)
+        if close:
+            warnings.append(f"environment variable {variable} is not a setting; did you mean {close[0]}?")
+    return warnings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run context: ranks, device, logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RunContext:
+    """Where this process runs, and where it reports. One rank unless torchrun started it."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, device: torch.device | None = None):
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.device = device or torch.device("cpu")
+        self._text = self._events = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def open_logs(self, folder: Path) -> None:
+        """Append to train.log (for people) and metrics.jsonl (for programs) in `folder`; rank 0 only."""
+        if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._text = open(folder / "train.log", "a", buffering=1)
+            self._events = open(folder / "metrics.jsonl", "a", buffering=1)
+
+    def log(self, line: str = "") -> None:
+        if self.is_main:
+            print(line, flush=True)
+            if self._text:
+                print(line, file=self._text)
+
+    def metric(self, event: str, **values) -> None:
+        if self._events:
+            print(json.dumps({"event": event, **values}), file=self._events)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """In place; returns `tensor`."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        return self.all_reduce_sum(tensor).div_(self.world_size)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        if self.world_size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def broadcast_object(self, value):
+        """Rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1))  # through gloo: a barrier that does not touch the GPU's queue
+
+    def close(self) -> None:
+        for handle in filter(None, (self._text, self._events)):
+            handle.close()
+        self._text = self._events = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup_distributed(device: str = "auto") -> RunContext:
+    """Join torchrun's process group if there is one. CPU tensors go through gloo, CUDA tensors through NCCL."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("DEVICE=cuda, but torch sees no CUDA device here")
+    on_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    target = torch.device("cuda", local) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(target)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices remain (Newton-Schulz runs in bf16 anyway)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=datetime.timedelta(minutes=20))
+    return RunContext(rank, world, local, target)
+
+
+_TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # torchrun's contract, not settings of ours
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: published shard format, streamed in order
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+
+
+def list_shards(data_path: str | Path, split: str) -> list[Path]:
+    """The split's shards in order. split: 'train' or 'val'."""
+    folder = Path(data_path)
+    if not folder.is_dir():
+        raise UserError(f"DATA_PATH={data_path} is not a folder; build one with `python data/prepare.py` (see data/README.md)")
+    shards = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    if not shards:
+        raise UserError(f"{data_path} holds no fineweb_{split}_*.bin shard")
+    return shards
+
+
+def load_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
+    """Memory-map one shard's uint16 tokens, refusing a wrong header or length. `vocab_size` also checks every token."""
+    path = Path(path)
+    size = path.stat().st_size
+    header_bytes = SHARD_HEADER_INTS * 4
+    if size < header_bytes:
+        raise UserError(f"{path} is {size} bytes long: no room for a shard header")
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a token shard: magic {header[0]}, version {header[1]}")
+    tokens, expected = int(header[2]), header_bytes + 2 * int(header[2])
+    if size != expected:
+        fault = "truncated" if size < expected else "over-long"
+        raise UserError(f"{path} is {fault}: its header says {tokens} tokens = {expected} bytes, the file has {size}")
+    if tokens <= 0:
+        raise UserError(f"{path} holds no tokens")
+    data = np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(tokens,))
+    if vocab_size is not None:
+        check_vocabulary(data, vocab_size, path)
+    return data
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, path: str | Path) -> None:
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise UserError(f"{path} holds token {largest}, beyond VOCAB_SIZE={vocab_size}: shards of another tokenizer?")
+
+
+def load_tokens(data_path: str | Path, split: str, vocab_size: int, limit: int = 0) -> Tensor:
+    """A whole split (or its first `limit` tokens) as one int32 tensor on the CPU."""
+    parts, total = [], 0
+    for path in list_shards(data_path, split):
+        part = load_shard(path)
+        part = part[: limit - total] if limit else part
+        check_vocabulary(part, vocab_size, path)
+        parts.append(torch.from_numpy(part.astype(np.int32)))
+        total += len(part)
+        if limit and total >= limit:
+            break
+    return torch.cat(parts)
+
+
+class TokenStream:
+    """The training shards as one endless stream, read in order; each step takes the next `batch_tokens` of it.
+
+    A step's sequences are the same whatever the number of ranks and micro-batches, and its place in the stream is one integer
+    (`position`, in tokens since the start), so a resumed run reads exactly what the unbroken one would have read.
+    """
+
+    def __init__(self, data_path: str | Path, vocab_size: int, split: str = "train"):
+        assert split == "train", "only training shards may reach the weights"
+        self.paths = list_shards(data_path, split)
+        self.shards = [load_shard(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.vocab_size = vocab_size
+        self.position = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def epoch(self) -> float:
+        return self.position / self.total_tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from stream position `start`, wrapping around at the end of the last shard."""
+        pieces = []
+        while count:
+            offset = start % self.total_tokens
+            index = int(np.searchsorted(self.starts, offset, side="right")) - 1
+            piece = self.shards[index][offset - self.starts[index] :][:count]
+            check_vocabulary(piece, self.vocab_size, self.paths[index])
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return np.concatenate(pieces)
+
+    def sequences(self, first: int, count: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets int64 [count, seq_len] of the step's sequences first, first+1, …"""
+        flat = self.read(self.position + first * seq_len, count * seq_len + 1)
+        tokens = torch.from_numpy(flat.astype(np.int64))
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        return tokens[:-1].view(count, seq_len), tokens[1:].view(count, seq_len)
+
+    def advance(self, tokens: int) -> None:
+        self.position += tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Byte accounting: what turns nats per token into bits per byte
+# ----------------------------------------------------------------------------------------------------------------------
+
+SPACE = "\u2581"  # SentencePiece's stand-in for a space
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None):
+    """A SentencePieceProcessor; refuses a vocabulary of another size than the model's."""
+    from sentencepiece import SentencePieceProcessor
+
+    if not Path(path).is_file():
+        raise UserError(f"TOKENIZER_PATH={path} does not exist")
+    try:
+        tokenizer = SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # the library raises RuntimeError, OSError or TypeError by the kind of damage
+        raise UserError(f"{path} is not a SentencePiece model: {error}") from None
+    if vocab_size is not None and tokenizer.vocab_size() != vocab_size:
+        raise UserError(f"{path} has {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    return tokenizer
+
+
+def tokenizer_hash(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@dataclass
+class ByteTable:
+    """UTF-8 bytes of raw text that each token stands for.
+
+    bytes(target | previous) = piece_bytes[target] + (leading_space[target] and the space is really in the text). A tokenizer with
+    a dummy prefix writes a space in front of every document that the text does not have; it follows a control token.
+    The leading space is counted here alone: counting it in the table and again outside is the classic error (+17 % bytes).
+    """
+
+    piece_bytes: Tensor  # int64 [V], without one leading space
+    leading_space: Tensor  # bool [V]
+    is_control: Tensor  # bool [V]: control, unknown and unused pieces
+    dummy_prefix: bool
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer) -> ByteTable:
+        size = tokenizer.vocab_size()
+        piece_bytes, leading = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
+        control = torch.zeros(size, dtype=torch.bool)
+        if tokenizer.id_to_piece(tokenizer.piece_to_id(SPACE)) != SPACE:
+            raise UserError("the tokenizer has no standalone '\u2581' piece: its bytes cannot be counted")
+        for token in range(size):
+            if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+                control[token] = True
+            elif tokenizer.is_byte(token):
+                piece_bytes[token] = 1
+            else:
+                piece = tokenizer.id_to_piece(token)
+                leading[token] = piece.startswith(SPACE)
+                # A space inside a piece (a vocabulary that keeps runs of spaces) is one byte of text, not the three of U+2581.
+                piece_bytes[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
+        first = tokenizer.encode("a")[0]
+        return cls(piece_bytes, leading, control, dummy_prefix=tokenizer.id_to_piece(first).startswith(SPACE))
+
+    def to(self, device: torch.device) -> ByteTable:
+        return ByteTable(self.piece_bytes.to(device), self.leading_space.to(device), self.is_control.to(device), self.dummy_prefix)
+
+    def count(self, previous: Tensor, target: Tensor) -> Tensor:
+        """Bytes of each target, int64, the shape of `target`."""
+        previous, target = previous.long(), target.long()
+        space = self.leading_space[target]
+        if self.dummy_prefix:
+            space = space & ~self.is_control[previous]
+        return self.piece_bytes[target] + space
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ops, each with its naive twin
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dim, without weight."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first 2*cos.size(-1) dims of x [B,T,H,D] (partial RoPE, half-split pairing). cos, sin [T, dims/2]."""
+    half = cos.size(-1)
+    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(z / cap)
+
+
+def exclusive(o: Tensor, v: Tensor) -> Tensor:
+    """XSA: remove from each head's output its component along the value of the *same position's* KV head.
+
+    o [B,T,H,D], v [B,T,Hkv,D]. o_{t,h} -= (o·v̂) v̂. No mean over time: a mean would leak the future.
+    """
+    grouped = o.unflatten(2, (v.size(2), -1))
+    unit = F.normalize(v.float(), dim=-1).to(o.dtype).unsqueeze(3)
+    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which kernel serves full and windowed attention, and why the faster ones do not."""
+
+    full: str
+    windowed: str
+    refused: tuple[str, ...] = ()
+
+
+def plan_attention(cfg: Config, device: torch.device, compiled: bool) -> AttentionPlan:
+    """Choose the attention kernels for this machine; ATTENTION_BACKEND forces one, or fails with the reason."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    on_cuda = device.type == "cuda"
+
+    def missing(package: str) -> str:
+        return "" if importlib.util.find_spec(package) else f"{package} is not installed"
+
+    faults = {  # in order of preference; an empty fault means usable
+        "fa4": "needs a Blackwell GPU" if capability[0] != 10 else missing("flash_attn.cute"),
+        "fa3": "needs a Hopper GPU" if capability[0] != 9 else missing("flash_attn_interface"),
+        "cudnn": "needs a CUDA GPU of capability 8.0" if capability < (8, 0) else "",
+        "fa2": "needs a CUDA GPU of capability 8.0" if capability < (8, 0) else missing("flash_attn"),
+        "flash": "",
+        "flex": "" if on_cuda and compiled else "FlexAttention pays only compiled, on CUDA",
+        "plain": "",
+    }
+    order = {"full": ("fa4", "fa3", "cudnn", "fa2", "flash"), "windowed": ("fa4", "fa3", "flex", "fa2", "plain")}
+    if cfg.document_mask:  # masks by document: only kernels that take an arbitrary mask
+        order = {"full": ("flex", "plain"), "windowed": ("flex", "plain")}
+    elif cfg.attn_sink:  # a sink enters the full layers as an extra first position, which any causal kernel handles
+        order["windowed"] = ("flex", "plain")
+    forced = cfg.attention_backend
+    if forced != "auto":
+        if faults[forced]:
+            raise UserError(f"ATTENTION_BACKEND={forced}: {faults[forced]}")
+        order = {kind: (forced, *names) if forced in _serves(kind, cfg) else names for kind, names in order.items()}
+        if forced not in (order["full"][0], order["windowed"][0]):
+            raise UserError(f"ATTENTION_BACKEND={forced} serves neither full nor windowed layers with DOCUMENT_MASK=1")
+    chosen = {kind: next(name for name in names if not faults[name]) for kind, names in order.items()}
+    preferred = [name for name in faults if faults[name] and forced == "auto"]
+    return AttentionPlan(chosen["full"], chosen["windowed"], tuple(f"{name}: {faults[name]}" for name in preferred))
+
+
+def _serves(kind: str, cfg: Config) -> tuple[str, ...]:
+    if cfg.document_mask:
+        return ("flex", "plain")
+    return ("fa4", "fa3", "fa2", "flex", "plain") if kind == "windowed" else ("fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain")
+
+
+def attention_mask(t_query: int, t_key: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Boolean [1 or B, 1, Tq, Tk]: what each query may see. Queries are the last Tq of the Tk positions (bottom-right causal).
+
+    `window` counts keys, the query's own position included; 0 is unlimited. documents: int [B, Tk] or None.
+    """
+    key = torch.arange(t_key, device=device)
+    query = key[t_key - t_query :, None]
+    mask = (key <= query)[None, None]
+    if window:
+        mask = mask & (query - key < window)
+    if documents is not None:
+        mask = mask & (documents[:, None, t_key - t_query :, None] == documents[:, None, None, :])
+    return mask
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sink: Tensor | None = None, documents: Tensor | None = None, backend: str = "plain"
+) -> Tensor:
+    """Causal attention q [B,Tq,H,D] over k, v [B,Tk,Hkv,D], Tk ≥ Tq (the surplus is a cache of earlier keys). Returns [B,Tq,H,D].
+
+    sink: one learned key per KV head [Hkv, D] with zero value, seen by every query: it only enlarges the softmax's denominator.
+    documents: int [B,Tk]; keys of other documents are hidden. Every backend computes the same function (`naive_attention`).
+    """
+    t_query, t_key = q.size(1), k.size(1)
+    if t_query != t_key or (backend == "flex" and not torch.compiler.is_compiling()):
+        backend = "plain"  # cached keys need a bottom-right mask; an uncompiled FlexAttention would materialize more than the mask
+    masked = bool(window and window < t_key) or documents is not None
+    if backend == "plain" and not masked and t_query == t_key:
+        backend = "flash"
+    if sink is not None:
+        # The sink becomes position 0 of the keys. A dummy query in front keeps causal kernels square, so that top-left and
+        # bottom-right alignment agree (is_causal of SDPA is top-left: without the dummy each token would lose its own key).
+        k = torch.cat((sink.to(k.dtype).expand(k.size(0), 1, -1, -1), k), dim=1)
+        v = torch.cat((torch.zeros_like(v[:, :1]), v), dim=1)
+        if backend != "plain":
+            q = torch.cat((torch.zeros_like(q[:, :1]), q), dim=1)
+    if backend == "plain":
+        mask = attention_mask(t_query, t_key, window, documents, q.device)
+        if sink is not None:
+            mask = F.pad(mask, (1, 0), value=True)
+        return _sdpa(q, k, v, attn_mask=mask)
+    if backend == "flex":
+        out = _flex_attention(q, k, v, window, documents, sink is not None)
+    elif backend in ("fa2", "fa3", "fa4"):
+        out = _flash_attention_package(q, k, v, window if masked else 0, backend)
+    elif backend == "cudnn":
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            out = _sdpa(q, k, v, is_causal=True)
+    else:
+        out = _sdpa(q, k, v, is_causal=True)
+    return out if sink is None else out[:, 1:]
+
+
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sink: Tensor | None = None, documents: Tensor | None = None
+) -> Tensor:
+    """The twin of `attention`: explicit softmax, one line a rule."""
+    repeat = q.size(2) // k.size(2)
+    keys, values = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(q.size(-1))
+    scores = scores.masked_fill(~attention_mask(q.size(1), k.size(1), window, documents, q.device), float("-inf"))
+    if sink is not None:
+        at_sink = torch.einsum("bqhd,hd->bhq", q, sink.repeat_interleave(repeat, 0)) / math.sqrt(q.size(-1))
+        scores = torch.cat((at_sink[..., None], scores), -1)
+    weights = scores.softmax(-1)[..., -k.size(1) :]
+    return torch.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+    if q.device.type == "cpu" and q.size(2) != k.size(2):  # the CPU's fused kernel has no GQA
+        k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **how).transpose(1, 2)
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, has_sink: bool) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    length, window = q.size(1), window or q.size(1) + 1
+    if documents is not None and has_sink:
+        documents = F.pad(documents, (1, 0))
+
+    def visible(batch, head, query, key):
+        allowed = (key <= query) & (query - key < window)
+        if documents is not None:
+            allowed = allowed & (documents[batch, query] == documents[batch, key])
+        return allowed | (key == 0) if has_sink else allowed
+
+    batch = None if documents is None else q.size(0)
+    block_mask = create_block_mask(visible, batch, None, length, length, device=q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def _flash_attention_package(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
+    if backend == "fa2":
+        from flash_attn import flash_attn_func
+    elif backend == "fa3":
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn.cute import flash_attn_func
+    unlimited = None if backend == "fa4" else -1
+    out = flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else unlimited, 0 if window else unlimited))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def naive_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The recurrence itself, a position at a time: S ← e^g S (I − β k kᵀ) + β v kᵀ, o = S q / sqrt(K) (Yang et al., 2024).
+
+    q, k [B,T,Hk,K] (L2-normed), v [B,T,Hv,D], g (log decay ≤ 0) and beta [B,T,Hv]; Hv a multiple of Hk.
+    Returns o [B,T,Hv,D] and the final state [B,Hv,K,D] (stored transposed, as the kernels do).
+    """
+    repeat = v.size(2) // k.size(2)
+    q, k = (x.float().repeat_interleave(repeat, 2) for x in (q, k))
+    v, g, beta = v.float(), g.float(), beta.float()
+    s = q.new_zeros(v.size(0), v.size(2), k.size(3), v.size(3)) if state is None else state.float()
+    outputs = []
+    for t in range(q.size(1)):
+        s = s * g[:, t, :, None, None].exp()
+        recalled = torch.einsum("bhkd,bhk->bhd", s, k[:, t])
+        s = s + torch.einsum("bhk,bhd->bhkd", k[:, t], beta[:, t, :, None] * (v[:, t] - recalled))
+        outputs.append(torch.einsum("bhkd,bhk->bhd", s, q[:, t]) / math.sqrt(q.size(-1)))
+    return torch.stack(outputs, 1), s
+
+
+def chunked_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """`naive_gated_delta_rule` in chunks of matrix products (the WY form of the delta rule), for devices without the fused kernel.
+
+    Within a chunk the pseudo-values u solve the unit lower-triangular system (I + A) u = β(v − e^G k S₀), A_ij = β_i e^{G_i−G_j} k_i·k_j;
+    only the state passes between chunks. float32 throughout; any T.
+    """
+    batch, length, heads, dim = v.shape
+    repeat = heads // k.size(2)
+    dtype = v.dtype
+    padding = -length % chunk
+
+    def chunks(x: Tensor) -> Tensor:  # [B,T,H,*] -> [B,H,N,C,*]; zero padding has beta 0 and g 0, so it changes no state
+        x = x.float().repeat_interleave(heads // x.size(2), 2).transpose(1, 2)
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, padding))
+        return x.unflatten(2, (-1, chunk))
+
+    assert repeat * k.size(2) == heads
+    q, k, v, g, beta = chunks(q) / math.sqrt(q.size(-1)), chunks(k), chunks(v), chunks(g), chunks(beta)
+    total = g.cumsum(-1)  # G
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    # The mask goes on before exp: above the diagonal G_i − G_j is positive and may overflow.
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+    k_beta = k * beta[..., None]
+    system = ((k_beta @ k.mT) * decay).tril(-1) + torch.eye(chunk, device=q.device)
+    right = torch.cat((v * beta[..., None], k_beta * total.exp()[..., None]), -1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = solved.split((dim, k.size(-1)), -1)
+    inside = (q @ k.mT) * decay
+    q_decayed = q * total.exp()[..., None]
+    k_remaining = k * (total[..., -1:] - total).exp()[..., None]
+    chunk_decay = total[..., -1].exp()[..., None, None]
+    s = q.new_zeros(batch, heads, k.size(-1), dim) if state is None else state.float()
+    outputs = []
+    for n in range(q.size(2)):
+        fresh = u[:, :, n] - w[:, :, n] @ s
+        outputs.append(q_decayed[:, :, n] @ s + inside[:, :, n] @ fresh)
+        s = s * chunk_decay[:, :, n] + k_remaining[:, :, n].mT @ fresh
+    out = torch.stack(outputs, 2).flatten(2, 3)[:, :, :length]
+    return out.transpose(1, 2).to(dtype), s
+
+
+def choose_gdn_backend(cfg: Config, device: torch.device) -> str:
+    """'fla' or 'torch'. Refuses the combinations whose backward is known to be wrong, saying what to install.
+
+    Triton 3.4 to 3.7.0 miscompiles the gated chunk backward on Hopper (flash-linear-attention issue 640); its TileLang backend avoids that.
+    """
+    if cfg.gdn_backend == "torch" or (cfg.gdn_backend == "auto" and device.type != "cuda"):
+        return "torch"
+    if device.type != "cuda":
+        raise UserError("GDN_BACKEND=fla needs a CUDA device")
+    if not importlib.util.find_spec("fla"):
+        raise UserError("GDN on CUDA needs flash-linear-attention: pip install -r requirements-cuda.txt (or GDN_BACKEND=torch, slow)")
+    import triton
+
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and (3, 4, 0) <= version < (3, 7, 1) and not importlib.util.find_spec("tilelang"):
+        raise UserError(
+            f"Triton {triton.__version__} miscompiles GDN's backward on Hopper: install triton>=3.7.1, or tilelang "
+            "(pip install -r requirements-cuda.txt), or set GDN_BACKEND=torch"
+        )
+    return "fla"
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, backend: str = "torch", keep_state: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule by the chosen backend; arguments as `naive_gated_delta_rule`. The state is returned if `keep_state`."""
+    if backend == "torch":
+        out, final = chunked_gated_delta_rule(q, k, v, g, beta, state)
+        return out, final if keep_state else None
+    if keep_state or state is not None:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=keep_state)
+    return _fla_forward(q.contiguous(), k.contiguous(), v.contiguous(), g.contiguous(), beta.contiguous())[0], None
+
+
+# flash-linear-attention marks its entry point as not compilable, which would cut the graph at every GDN layer. As custom ops its
+# forward and backward are opaque to the compiler and the model still compiles whole.
+
+
+@torch.library.custom_op("golf::gated_delta_rule", mutates_args=())
+def _fla_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
+
+    cumulative, out, solved, *_ = chunk_gated_delta_rule_fwd(
+        q=q, k=k, v=v, g=g, beta=beta, scale=q.size(-1) ** -0.5, initial_state=None, output_final_state=False
+    )
+    return out.to(v.dtype), cumulative, solved
+
+
+@_fla_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(v), torch.empty_like(g, dtype=torch.float32), k.new_empty(*g.shape, 64)
+
+
+@torch.library.custom_op("golf::gated_delta_rule_backward", mutates_args=())
+def _fla_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cumulative: Tensor, solved: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
+
+    dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(
+        q=q, k=k, v=v, g=cumulative, beta=beta, A=solved, scale=q.size(-1) ** -0.5, initial_state=None, do=d_out, dht=None
+    )
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g.dtype), dbeta.to(beta.dtype)
+
+
+@_fla_backward.register_fake
+def _(q, k, v, g, beta, cumulative, solved, d_out):
+    return tuple(torch.empty_like(x) for x in (q, k, v, g, beta))
+
+
+def _fla_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1], output[2])
+
+
+def _fla_gradients(ctx, d_out: Tensor, _cumulative, _solved):
+    return _fla_backward(*ctx.saved_tensors, d_out.contiguous())
+
+
+_fla_forward.register_autograd(_fla_gradients, setup_context=_fla_save)
+
+
+# Coefficients of the Newton-Schulz iteration X ← aX + (bA + cA²)X, A = XXᵀ. "quintic" is Muon's tuple (Keller Jordan); the others are the
+# Polar Express's (Amsel et al., 2025), one a step, the last repeated.
+NEWTON_SCHULZ = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
+
+
+def newton_schulz(matrices: Tensor, steps: int = 5, coefficients: str = "quintic", row_norm: bool = False) -> Tensor:
+    """Approximate the orthogonal factor U Vᵀ of each matrix [N, R, C]. bf16 on CUDA, float32 on the CPU."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    if row_norm:  # MuonEq-R: every output unit gets an equal say before orthogonalization
+        x = x / (x.norm(dim=-1, keepdim=True) + 1e-7)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    # Polar Express assumes a spectral norm safely below 1.
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * (1.02 if coefficients == "polar_express" else 1.0) + 1e-7)
+    tuples = NEWTON_SCHULZ[coefficients]
+    for step in range(steps):
+        a, b, c = tuples[min(step, len(tuples) - 1)]
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The one linear layer, and what a forward carries along
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FakeQuantize(nn.Module):
+    """Late QAT: shows a linear layer the weights that quantization would leave it, passing gradients straight through.
+
+    `strength` is a tensor, 0 until QAT starts: a Python flag would be folded into the compiled graph and never take effect.
+    Steps follow SDClip (k·std(row)/(2^(bits−1)−1)), as quantize.py's do. Mode "noise" adds noise of a scaled-down step instead of rounding.
+    """
+
+    def __init__(self, bits: int, clip_sigmas: float, mode: str, noise_scale: float):
+        super().__init__()
+        self.levels, self.clip_sigmas, self.mode, self.noise_scale = 2 ** (bits - 1) - 1, clip_sigmas, mode, noise_scale
+        self.register_buffer("strength", torch.zeros(()), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            step = (self.clip_sigmas / self.levels * weight.std(dim=1, keepdim=True)).clamp_min(1e-12)
+            if self.mode == "noise":
+                change = torch.randn_like(weight) * (self.noise_scale / math.sqrt(12)) * step
+            else:
+                change = (weight / step).round().clamp(-self.levels, self.levels) * step - weight
+            change = self.strength * change
+        return weight + change
+
+
+class Linear(nn.Module):
+    """y = W x, the only matrix product with a learned matrix in the model, so that kernels, QAT and adapters have one place to go.
+
+    W is float32 [out, in] and computes in x's dtype. `adapter` (LoRA) adds its output; calibration attaches forward pre-hooks.
+    """
+
+    def __init__(self, in_features: int, out_features: int, init: str = "orthogonal"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.adapter: nn.Module | None = None
+        self.fake_quantize: FakeQuantize | None = None
+        if init == "orthogonal":
+            nn.init.orthogonal_(self.weight)
+        else:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.fake_quantize is None else self.fake_quantize(self.weight)
+        y = F.linear(x, weight.to(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+class DecodeState:
+    """What a stream leaves behind: pass one object to consecutive forwards and they equal a single forward over the whole text.
+
+    Holds key/value caches (cut to the window where there is one), GDN states, and the last inputs of every shift and convolution.
+    """
+
+    def __init__(self):
+        self.position = 0
+        self.slots: dict[tuple, Tensor] = {}
+
+    def clone(self) -> DecodeState:
+        copy = DecodeState()
+        copy.position, copy.slots = self.position, {key: value.clone() for key, value in self.slots.items()}
+        return copy
+
+
+@dataclass
+class ForwardContext:
+    """What every layer of one forward may need beside its input."""
+
+    cos: Tensor  # [T, rope_dims/2]
+    sin: Tensor
+    continues: list[Tensor]  # bool [B,T] each: position t-1 (t-2, …) exists and is of the same document
+    documents: Tensor | None  # int [B, cached + T], only under DOCUMENT_MASK
+    plan: AttentionPlan
+    gdn_backend: str
+    state: DecodeState | None = None
+    call: int = 0  # index of the layer call within the forward: recurrence calls a layer several times, each with its own state
+    value_embedding: Tensor | None = None  # [B,T,Hkv*D]
+
+    def recall(self, name: str) -> Tensor | None:
+        return None if self.state is None else self.state.slots.get((self.call, name))
+
+    def remember(self, name: str, value: Tensor) -> None:
+        if self.state is not None:
+            self.state.slots[self.call, name] = value.detach()
+
+    def shifted(self, x: Tensor, count: int, name: str) -> list[Tensor]:
+        """x [B,T,C] delayed by 1, …, count positions; zero where that position does not exist or is of another document."""
+        tail = self.recall(name)
+        padded = F.pad(x, (0, 0, count, 0)) if tail is None else torch.cat((tail, x), 1)
+        self.remember(name, padded[:, -count:])
+        length = x.size(1)
+        return [padded[:, count - n : count - n + length] * self.continues[n - 1][..., None].to(x.dtype) for n in range(1, count + 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixers: a class with forward(x, ctx) and a line in MIXERS each
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class CausalAttention(nn.Module):
+    """GQA with normalized q and k, per-head gain, partial RoPE; by configuration XSA, a sink key, an output gate, value embeddings."""
+
+    title = "attention"
+    windowed = False
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.window = cfg.window_size if self.windowed else 0
+        kv_dim = self.kv_heads * self.head_dim
+        self.c_q = Linear(cfg.model_dim, self.heads * self.head_dim)
+        self.c_k = Linear(cfg.model_dim, kv_dim)
+        self.c_v = Linear(cfg.model_dim, kv_dim)
+        self.proj = Linear(self.heads * self.head_dim, cfg.model_dim, init="zero")
+        self.q_gain = nn.Parameter(torch.full((self.heads,), cfg.qk_gain_init))
+        layers = len(cfg.pattern)
+        self.xsa = layer in parse_layers(cfg.xsa_layers, layers, "XSA_LAYERS")
+        uses_ve = layer in parse_layers(cfg.ve_layers, layers, "VE_LAYERS")
+        self.ve_scale = nn.Parameter(torch.ones(())) if uses_ve else None
+        self.sink = nn.Parameter(torch.zeros(self.kv_heads, self.head_dim)) if cfg.attn_sink and not self.windowed else None
+        self.gate = nn.Parameter(torch.zeros(self.heads, cfg.attn_gate_width)) if cfg.attn_gate_width else None
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        q = rms_norm(self.c_q(x).unflatten(-1, (self.heads, self.head_dim)))
+        k = rms_norm(self.c_k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
+        v = self.c_v(x)
+        if self.ve_scale is not None:
+            v = v + 0.1 * self.ve_scale.to(x.dtype) * ctx.value_embedding
+        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        q = rotate(q, ctx.cos, ctx.sin) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(k, ctx.cos, ctx.sin)
+        keys, values = self._with_cache(k, v, ctx)
+        documents = None if ctx.documents is None else ctx.documents[:, -keys.size(1) :]
+        backend = ctx.plan.windowed if self.windowed else ctx.plan.full
+        o = attention(q, keys, values, window=self.window, sink=self.sink, documents=documents, backend=backend)
+        if self.xsa:
+            o = exclusive(o, v)
+        if self.gate is not None:
+            gate = 2 * torch.sigmoid(F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype)))
+            o = o * gate[..., None]
+        return self.proj(o.flatten(-2))
+
+    def _with_cache(self, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        if ctx.state is None:
+            return k, v
+        if (past := ctx.recall("k")) is not None:
+            k, v = torch.cat((past, k), 1), torch.cat((ctx.recall("v"), v), 1)
+        kept = self.window - 1 if self.window else k.size(1)
+        ctx.remember("k", k[:, max(0, k.size(1) - kept) :])
+        ctx.remember("v", v[:, max(0, v.size(1) - kept) :])
+        return k, v
+
+
+class SlidingWindowAttention(CausalAttention):
+    """The same over the last WINDOW_SIZE positions, the query's own included."""
+
+    title = "sliding window"
+    windowed = True
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet (Yang et al., 2024): a recurrent associative memory with decay and delta-rule writes.
+
+    Short causal depthwise convolution on q, k, v; q and k L2-normed after their activation (SiLU, or elu+1); output gate SiLU(z).
+    """
+
+    title = "GDN"
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.qk_heads, self.v_heads, self.head_dim = cfg.gdn_qk_heads, cfg.gdn_v_heads, cfg.gdn_head_dim
+        self.feature_map, self.output_norm, self.taps = cfg.gdn_feature_map, cfg.gdn_output_norm, cfg.gdn_conv_size
+        qk_dim, v_dim = self.qk_heads * self.head_dim, self.v_heads * self.head_dim
+        self.q_proj, self.k_proj = Linear(cfg.model_dim, qk_dim), Linear(cfg.model_dim, qk_dim)
+        self.v_proj, self.g_proj = Linear(cfg.model_dim, v_dim), Linear(cfg.model_dim, v_dim)
+        self.a_proj, self.b_proj = Linear(cfg.model_dim, self.v_heads), Linear(cfg.model_dim, self.v_heads)
+        self.o_proj = Linear(v_dim, cfg.model_dim, init="zero")
+        bound = 1 / math.sqrt(self.taps)
+        self.conv = nn.Parameter(torch.empty(2 * qk_dim + v_dim, 1, self.taps).uniform_(-bound, bound))
+        log_a = torch.empty(self.v_heads).uniform_(math.log(cfg.gdn_a_min), math.log(cfg.gdn_a_max))
+        self.A_log = nn.Parameter(log_a)
+        dt = torch.empty(self.v_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        taps = self.conv.to(x.dtype)[:, 0].flip(-1).unbind(-1)  # taps[n] weighs position t-n
+        mixed = qkv * taps[0]
+        if self.taps > 1:
+            for tap, delayed in zip(taps[1:], ctx.shifted(qkv, self.taps - 1, "conv")):
+                mixed = mixed + delayed * tap
+        qk_dim = self.qk_heads * self.head_dim
+        q, k, v = mixed.split((qk_dim, qk_dim, self.v_heads * self.head_dim), -1)
+        feature = F.silu if self.feature_map == "silu" else lambda y: F.elu(y) + 1
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (feature(q), feature(k), F.silu(v)))
+        q, k = (F.normalize(y.float(), dim=-1).to(x.dtype) for y in (q, k))
+        beta = torch.sigmoid(self.b_proj(x).float())
+        g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
+        if ctx.documents is not None:
+            # A decay of e^-50 forgets everything before a document's start to below float32's resolution, and stays finite where
+            # the chunked kernels take differences of running sums.
+            g = g.masked_fill(~ctx.continues[0][..., None], -50.0)
+        o, final = gated_delta_rule(q, k, v, g, beta, ctx.recall("gdn"), ctx.gdn_backend, keep_state=ctx.state is not None)
+        if final is not None:
+            ctx.remember("gdn", final)
+        o = rms_norm(o) if self.output_norm else o
+        return self.o_proj(o.flatten(-2) * F.silu(self.g_proj(x)))
+
+
+class TokenShift(nn.Module):
+    """RWKV-style channel mixing with the previous token: σ(W_r x_r) ⊙ W_v relu(W_k x_k)², x_r and x_k learned blends per dim."""
+
+    title = "token shift"
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.mu_r, self.mu_k = nn.Parameter(torch.zeros(cfg.model_dim)), nn.Parameter(torch.zeros(cfg.model_dim))
+        self.w_r, self.w_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, cfg.model_dim)
+        self.w_v = Linear(cfg.model_dim, cfg.model_dim, init="zero")
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        (previous,) = ctx.shifted(x, 1, "shift")
+        blend_r, blend_k = torch.sigmoid(self.mu_r).to(x.dtype), torch.sigmoid(self.mu_k).to(x.dtype)
+        x_r = torch.lerp(previous, x, blend_r)
+        x_k = torch.lerp(previous, x, blend_k)
+        return torch.sigmoid(self.w_r(x_r)) * self.w_v(F.relu(self.w_k(x_k)).square())
+
+
+MIXERS = {"A": CausalAttention, "S": SlidingWindowAttention, "G": GatedDeltaNet, "T": TokenShift}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Embedding side
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ngram_buckets(ids: Tensor, previous: list[Tensor], continues: list[Tensor], buckets: int) -> list[Tensor]:
+    """Hash buckets int64 [B,T] of the bigram (and, given two previous ids, the trigram) ending at each position.
+
+    (36313·t_i XOR 27191·t_{i−1} [XOR 51497·t_{i−2}]) mod (buckets−1); the last bucket means "no predecessor in this document".
+    """
+    hashed, result = 36313 * ids, []
+    for multiplier, earlier, known in zip((27191, 51497), previous, continues):
+        hashed = torch.bitwise_xor(hashed, multiplier * earlier)
+        result.append(torch.where(known, hashed % (buckets - 1), buckets - 1))
+    return result
+
+
+class HashEmbedding(nn.Module):
+    """Table of hashed bigrams (and trigrams), projected to the model's width: BigramHash and TrigramHash.
+
+    The table starts small and the projection does not start at zero: were both zero, neither would ever get a gradient. With `dim`
+    None the table is as wide as the model, has no projection and starts at zero (the evaluation-time embedding).
+    """
+
+    def __init__(self, buckets: int, dim: int | None, model_dim: int, trigram: bool = False):
+        super().__init__()
+        self.buckets, self.orders = buckets, 2 if trigram else 1
+        self.table = nn.Embedding(buckets, dim or model_dim)
+        self.proj = Linear(dim, model_dim) if dim else None
+        self.scale = nn.Parameter(torch.tensor(0.05 if dim else 1.0))
+        nn.init.normal_(self.table.weight, std=0.01 if dim else 0.0)
+
+    def forward(self, ids: Tensor, previous: list[Tensor], continues: list[Tensor], dtype: torch.dtype) -> Tensor:
+        buckets = ngram_buckets(ids, previous[: self.orders], continues[: self.orders], self.buckets)
+        x = sum(self.table(index) for index in buckets).to(dtype)
+        return (x if self.proj is None else self.proj(x)) * self.scale.to(dtype)
+
+
+class ValueEmbedding(nn.Module):
+    """A second token embedding, projected to the KV width and added to v in chosen layers."""
+
+    def __init__(self, vocab_size: int, dim: int, kv_dim: int):
+        super().__init__()
+        self.table, self.proj = nn.Embedding(vocab_size, dim), Linear(dim, kv_dim)
+        nn.init.normal_(self.table.weight, std=0.01)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.proj(self.table(ids).to(dtype))
+
+
+class SmearGate(nn.Module):
+    """(1−σ(g))·x_t + σ(g)·x_{t−1} per dim; a document's first token stays as it is."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        (previous,) = ctx.shifted(x, 1, "smear")
+        weight = torch.sigmoid(self.gate).to(x.dtype) * ctx.continues[0][..., None].to(x.dtype)
+        return torch.lerp(x, previous, weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Block and model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FinalNorm(nn.Module):
+    """RMSNorm before the head, as a module so that calibration can observe the head's input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim, init="zero")
+        self.act = cfg.mlp_act
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        if self.act == "leaky_relu2":
+            h = F.leaky_relu(h, 0.5)
+        elif self.act == "relu2":
+            h = F.relu(h)
+        else:
+            h = F.silu(h)
+        return self.proj(h.square())
+
+
+class Block(nn.Module):
+    """x_in = m0·x + m1·x0, then x_in + a ⊙ Mixer(norm) and + b ⊙ MLP(norm), one after the other or both from x_in (parallel)."""
+
+    def __init__(self, cfg: Config, layer: int, mixer: nn.Module):
+        super().__init__()
+        dim = cfg.model_dim
+        self.mixer, self.mlp = mixer, MLP(cfg)
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.mixer_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        self.parallel = 0 <= cfg.parallel_start <= layer
+
+    def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, loop_scale: float) -> Tensor:
+        scale = self.norm_scale * loop_scale
+        mix, a, b = (p.to(x.dtype) for p in (self.resid_mix, self.mixer_scale, self.mlp_scale))
+        x_in = mix[0] * x + mix[1] * x0
+        normed = rms_norm(x_in) * scale
+        x = x_in + a * self.mixer(normed, ctx)
+        return x + b * self.mlp(normed if self.parallel else rms_norm(x) * scale)
+
+
+class GPT(nn.Module):
+    """The hybrid model: one forward for training, evaluation, calibration and test-time training."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        dim, layers = cfg.model_dim, len(cfg.pattern)
+        self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
+        nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
+        self.bigram = HashEmbedding(cfg.bigram_vocab_size, cfg.bigram_dim, dim, cfg.trigram_hash) if cfg.bigram_vocab_size else None
+        self.smear = SmearGate(dim) if cfg.smear_gate else None
+        ve_layers = parse_layers(cfg.ve_layers, layers, "VE_LAYERS")
+        self.value_embed = ValueEmbedding(cfg.vocab_size, cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim) if ve_layers else None
+        mixers: list[nn.Module] = []
+        for layer, (letter, owner) in enumerate(zip(cfg.pattern, layer_owners(cfg))):
+            mixers.append(mixers[owner] if owner < layer else MIXERS[letter](cfg, layer))
+        self.blocks = nn.ModuleList(Block(cfg, layer, mixer) for layer, mixer in enumerate(mixers))
+        skips = max(len(self.layer_order(looping)) // 2 for looping in (False, True)) if cfg.unet_skips else 0
+        self.skip_weights = nn.ParameterList(nn.Parameter(torch.ones(dim)) for _ in range(skips))
+        self.skip_gates = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in range(skips))
+        self.final_norm = FinalNorm()
+        self.eval_hash: HashEmbedding | None = None  # attached by test-time training
+        self.looping = False  # depth recurrence on; part of what a saved model must remember
+        self.compute_dtype = torch.float32
+        self.attention_plan, self.gdn_backend = AttentionPlan("flash", "plain"), "torch"
+        self.lookback = max(2, cfg.gdn_conv_size - 1)
+        if cfg.late_qat_threshold or cfg.qat_last_frac:
+            for name, module in self.named_modules():
+                if isinstance(module, Linear) and re.search(cfg.qat_targets, name):
+                    module.fake_quantize = FakeQuantize(cfg.qat_bits, cfg.matrix_clip_sigmas, cfg.qat_mode, cfg.qat_noise_scale)
+
+    def layer_order(self, looping: bool) -> list[int]:
+        """Layers in the order they run; depth recurrence repeats its segment."""
+        cfg, layers = self.cfg, list(range(len(self.cfg.pattern)))
+        if not (looping and cfg.num_loops):
+            return layers
+        segment = layers[cfg.loop_start : cfg.loop_end + 1]
+        return layers[: cfg.loop_end + 1] + segment * cfg.num_loops + layers[cfg.loop_end + 1 :]
+
+    def _context(self, ids: Tensor, state: DecodeState | None) -> tuple[ForwardContext, list[Tensor]]:
+        """The forward's context, and the ids delayed by 1, 2, … for the n-gram tables."""
+        cfg, (batch, length), back = self.cfg, ids.shape, self.lookback
+        begins = ids == BOS_ID
+        if state is None or state.position == 0:
+            # Nothing precedes the first position, whatever its token; the padding in front counts as starts of other documents.
+            begins = torch.cat((begins.new_ones(batch, back + 1), begins[:, 1:]), 1)
+            extended = F.pad(ids, (back, 0), value=BOS_ID)
+            documents = None
+        else:
+            begins = torch.cat((state.slots["begins",], begins), 1)
+            extended = torch.cat((state.slots["ids",], ids), 1)
+            documents = state.slots.get(("documents",))
+        position = 0 if state is None else state.position
+        if cfg.document_mask:
+            first = 0 if documents is None else documents[:, -1:]
+            current = first + begins[:, back:].int().cumsum(1)
+            documents = current if documents is None else torch.cat((documents, current), 1)
+        if state is not None:
+            state.slots["begins",], state.slots["ids",] = begins[:, -back:], extended[:, -back:]
+            if documents is not None:
+                state.slots["documents",] = documents
+            state.position += length
+        continues, unbroken = [], torch.ones_like(ids, dtype=torch.bool)
+        for n in range(back):
+            unbroken = unbroken & ~begins[:, back - n : back - n + length]
+            continues.append(unbroken)
+        previous = [extended[:, back - n : back - n + length] for n in range(1, back + 1)]
+        dims = cfg.rope_dims or cfg.head_dim
+        frequency = cfg.rope_base ** (-torch.arange(0, dims, 2, device=ids.device, dtype=torch.float32) / dims)
+        angle = torch.arange(position, position + length, device=ids.device, dtype=torch.float32)[:, None] * frequency
+        ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, self.attention_plan, self.gdn_backend, state)
+        return ctx, previous
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        score_last: int = 0,
+        state: DecodeState | None = None,
+    ) -> Tensor:
+        """Loss or logits of next-token prediction.
+
+        input_ids, target_ids: int64 [B,T]. score_last = n > 0 computes the head for the last n positions alone; n below is then that, else T.
+        Returns with targets: the mean loss in nats (float32 scalar), or with reduction="none" the loss a token [B,n];
+        without targets: float32 logits [B,n,V], softcapped: their log_softmax is the model's distribution.
+        `state` carries a stream over consecutive calls (positions, caches, recurrent states); it is updated in place.
+        """
+        dtype = self.compute_dtype
+        ctx, previous = self._context(input_ids, state)
+        ctx.call = -1  # the embedding side's own slots
+        x = self.tok_emb(input_ids).to(dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(input_ids, previous, ctx.continues, dtype)
+        if self.eval_hash is not None:
+            x = x + self.eval_hash(input_ids, previous, ctx.continues, dtype)
+        x = rms_norm(x)
+        if self.smear is not None:
+            x = self.smear(x, ctx)
+        if self.value_embed is not None:
+            ctx.value_embedding = self.value_embed(input_ids, dtype)
+        x = self._run_layers(x, ctx)
+        x = self.final_norm(x[:, -score_last:] if score_last else x)
+        logits = softcap(F.linear(x, self.tok_emb.weight.to(dtype)).float(), self.cfg.logit_softcap)
+        if target_ids is None:
+            return logits
+        targets = target_ids[:, -score_last:] if score_last else target_ids
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view(targets.shape)
+
+    def _run_layers(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        cfg, x0 = self.cfg, x
+        order = self.layer_order(self.looping)
+        looped = range(cfg.loop_start, cfg.loop_end + 1) if self.looping and cfg.num_loops else ()
+        half, kept = len(order) // 2, []
+        for call, layer in enumerate(order):
+            ctx.call = call
+            if cfg.unet_skips and call >= half and kept:
+                index = call - half
+                weight, gate = self.skip_weights[index].to(x.dtype), torch.sigmoid(self.skip_gates[index]).to(x.dtype)
+                x = torch.lerp(weight * kept.pop(), x, gate)
+            x = self.blocks[layer](x, x0, ctx, cfg.loop_ln_scale if layer in looped else 1.0)
+            if cfg.unet_skips and call < half:
+                kept.append(x)
+        return x
+
+
+def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
+    """A freshly initialised model on `device`, its kernels chosen for it. The weights depend on SEED alone, not on the device."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        model = GPT(cfg)
+    model.to(device)
+    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model.attention_plan = plan_attention(cfg, device, compiles(cfg, device))
+    model.gdn_backend = choose_gdn_backend(cfg, device) if "G" in cfg.pattern else "torch"
+    return model
+
+
+def compiles(cfg: Config, device: torch.device) -> bool:
+    return cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda")
+
+
+def maybe_compile(model: GPT) -> Callable[..., Tensor]:
+    """The model's forward, compiled whole where the configuration says so. Same weights: `model` itself stays usable, uncompiled."""
+    if not compiles(model.cfg, next(model.parameters()).device):
+        return model
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
+def count_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameter table and optimizers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: who optimizes it, at which rate and decay, and as what it is quantized."""
+
+    name: str
+    param: nn.Parameter
+    role: str  # embed, hash, mlp, attn, gdn, shift, proj, control: quantize.py's unit of bits and clips
+    optimizer: str  # muon or adam
+    lr: float
+    weight_decay: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.param.shape)
+
+
+# name pattern, role, optimizer, setting of its LR, setting of its weight decay. Every parameter matches exactly one line.
+PARAMETER_RULES = (
+    (r"tok_emb\.weight", "embed", "adam", "tied_embed_lr", "embed_wd"),
+    (r"(bigram|value_embed|eval_hash)\.table\.weight", "hash", "adam", "tied_embed_lr", "embed_wd"),
+    (r"(bigram|value_embed)\.proj\.weight", "proj", "muon", "matrix_lr", "muon_wd"),
+    (r"blocks\.\d+\.mlp\.(fc|proj)\.weight", "mlp", "muon", "matrix_lr", "muon_wd_mlp"),
+    (r"blocks\.\d+\.mixer\.(c_q|c_k|c_v|proj)\.weight", "attn", "muon", "matrix_lr", "muon_wd"),
+    (r"blocks\.\d+\.mixer\.[qkvgabo]_proj\.weight", "gdn", "muon", "matrix_lr", "muon_wd"),
+    (r"blocks\.\d+\.mixer\.w_[rkv]\.weight", "shift", "muon", "matrix_lr", "muon_wd"),
+    (r"blocks\.\d+\.mixer\.(A_log|dt_bias)", "control", "adam", "scalar_lr", None),  # decaying these would set a time scale
+    (r"blocks\.\d+\.mixer\.(q_gain|ve_scale|sink|gate|conv|mu_r|mu_k)", "control", "adam", "scalar_lr", "adam_wd"),
+    (r"blocks\.\d+\.(resid_mix|mixer_scale|mlp_scale)", "control", "adam", "scalar_lr", "adam_wd"),
+    (r"skip_(weights|gates)\.\d+|smear\.gate|(bigram|eval_hash)\.scale", "control", "adam", "scalar_lr", "adam_wd"),
+)
+
+
+def parameter_table(model: GPT, cfg: Config) -> list[ParamSpec]:
+    """Every parameter of the model once (shared modules under their first name), matched against PARAMETER_RULES."""
+    table = []
+    for name, param in model.named_parameters():
+        matches = [rule for rule in PARAMETER_RULES if re.fullmatch(rule[0], name)]
+        assert len(matches) == 1, f"parameter {name} matches {len(matches)} rules of PARAMETER_RULES; it needs exactly one"
+        _, role, optimizer, lr, decay = matches[0]
+        assert optimizer != "muon" or param.dim() == 2, f"{name}: Muon takes matrices, not shape {tuple(param.shape)}"
+        if decay == "muon_wd_mlp" and cfg.muon_wd_mlp < 0:
+            decay = "muon_wd"
+        table.append(ParamSpec(name, param, role, optimizer, getattr(cfg, lr), getattr(cfg, decay) if decay else 0.0))
+    return table
+
+
+class Muon:
+    """Momentum, orthogonalized: each matrix moves by the Newton-Schulz factor of its Nesterov momentum (Jordan et al., 2024).
+
+    Matrices of one shape are solved as one batch, and the batch is split over ranks: each rank orthogonalizes its part and all gather
+    the result, so every rank applies the same update.
+    """
+
+    def __init__(self, table: list[ParamSpec], cfg: Config, ctx: RunContext):
+        self.cfg, self.ctx = cfg, ctx
+        groups: dict[tuple, list[ParamSpec]] = {}
+        for spec in table:
+            if spec.optimizer == "muon":
+                groups.setdefault((spec.shape, spec.lr, spec.weight_decay), []).append(spec)
+        self.groups = [(specs, torch.zeros(len(specs), *specs[0].shape, device=ctx.device)) for specs in groups.values()]
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> None:
+        cfg, world = self.cfg, self.ctx.world_size
+        for specs, buffer in self.groups:
+            grads = torch.stack([spec.param.grad for spec in specs])
+            buffer.lerp_(grads, 1 - momentum)
+            update = grads.lerp_(buffer, momentum)
+            share = -(-len(specs) // world)
+            if world > 1:
+                update = F.pad(update, (0, 0, 0, 0, 0, share * world - len(specs)))
+            mine = update[self.ctx.rank * share : (self.ctx.rank + 1) * share]
+            mine = newton_schulz(mine, cfg.muon_backend_steps, cfg.muon_coefficients, cfg.muon_row_norm)
+            if world > 1:
+                update = torch.empty_like(update)
+                dist.all_gather_into_tensor(update, mine.contiguous())
+            else:
+                update = mine
+            rows, columns = specs[0].shape
+            lr = specs[0].lr * lr_scale
+            params = [spec.param for spec in specs]
+            torch._foreach_mul_(params, 1 - lr * specs[0].weight_decay)
+            torch._foreach_add_(params, list(update[: len(specs)].unbind()), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {f"muon/{spec.name}": buffer[i] for specs, buffer in self.groups for i, spec in enumerate(specs)}
+
+
+class Optimizers:
+    """Muon for the matrices and AdamW for the rest, as the parameter table says; plus what acts on gradients before them."""
+
+    def __init__(self, model: GPT, cfg: Config, ctx: RunContext):
+        self.cfg, self.ctx, self.table = cfg, ctx, parameter_table(model, cfg)
+        self.muon = Muon(self.table, cfg, ctx)
+        groups: dict[tuple, list[nn.Parameter]] = {}
+        for spec in self.table:
+            if spec.optimizer == "adam":
+                groups.setdefault((spec.lr, spec.weight_decay), []).append(spec.param)
+        self.adam = torch.optim.AdamW(
+            [{"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps,
+            fused=ctx.device.type == "cuda",
+        )
+
+    def reduce_gradients(self, loss: Tensor) -> None:
+        """Average gradients, and the loss that is reported, over ranks: one collective over one flat buffer."""
+        if self.ctx.world_size == 1:
+            return
+        tensors = [spec.param.grad for spec in self.table if spec.param.grad is not None] + [loss]
+        flat = self.ctx.all_reduce_mean(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(piece.view_as(tensor))
+
+    @torch.no_grad()
+    def add_crown_q(self) -> None:
+        """Gradient of CROWN-Q, λ/12 · Σ_W mean(w²δ²) with δ = rowmax|w|/15 held constant: it shrinks the weights of wide rows."""
+        for spec in self.table:
+            if spec.optimizer == "muon" and spec.param.grad is not None:
+                delta = spec.param.abs().amax(dim=1, keepdim=True) / 15
+                spec.param.grad.add_(spec.param * delta.square(), alpha=self.cfg.crown_q_lambda / 6 / spec.param.numel())
+
+    def step(self, lr_scale: float, momentum: float) -> None:
+        params = [spec.param for spec in self.table]
+        if self.cfg.crown_q_lambda and lr_scale < 1:
+            self.add_crown_q()
+        if self.cfg.grad_clip_norm:
+            nn.utils.clip_grad_norm_(params, self.cfg.grad_clip_norm)
+        self.muon.step(lr_scale, momentum)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        for param in params:
+            param.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor a resumed run needs, by name."""
+        names = {spec.param: spec.name for spec in self.table}
+        adam = {f"adam/{names[p]}/{key}": value for p, slot in self.adam.state.items() for key, value in slot.items()}
+        return {**self.muon.buffers(), **adam}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.muon.buffers().items():
+            buffer.copy_(tensors[name])
+        params = {spec.name: spec.param for spec in self.table}
+        self.adam.state.clear()
+        for name, value in tensors.items():
+            if name.startswith("adam/"):
+                _, parameter, key = name.split("/")
+                # AdamW keeps its step count on the CPU unless it is fused.
+                device = "cpu" if key == "step" and self.ctx.device.type == "cpu" else self.ctx.device
+                self.adam.state[params[parameter]][key] = value.to(device, copy=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules: functions of progress, the fraction of the run's budget that is spent
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What counts steps in other code bases (momentum warmup, EMA horizon, the switch to depth recurrence) follows progress here. A recipe
+# written for 4,900 steps on 8 GPUs then keeps its shape in 60 steps on a CPU, and any run ends annealed, whatever its speed.
+
+
+def lr_scale(cfg: Config, progress: float) -> float:
+    """Constant, then linear over the last WARMDOWN_FRAC of the budget down to MIN_LR."""
+    if not cfg.warmdown_frac:
+        return 1.0
+    return min(1.0, max(cfg.min_lr, (1 - progress) / cfg.warmdown_frac))
+
+
+def muon_momentum(cfg: Config, progress: float) -> float:
+    fraction = min(1.0, progress / cfg.muon_momentum_warmup_frac) if cfg.muon_momentum_warmup_frac else 1.0
+    return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * fraction
+
+
+def ema_decay(cfg: Config, advance: float) -> float:
+    """Decay over a step that spends `advance` of the budget: EMA_DECAY per step when REFERENCE_STEPS such steps make the run."""
+    return cfg.ema_decay ** (cfg.reference_steps * advance)
+
+
+def qat_active(cfg: Config, progress: float) -> bool:
+    by_lr = cfg.late_qat_threshold > 0 and lr_scale(cfg, progress) < cfg.late_qat_threshold
+    return by_lr or (cfg.qat_last_frac > 0 and progress >= 1 - cfg.qat_last_frac)
+
+
+def training_progress(cfg: Config, step: int, elapsed: float) -> float:
+    """Fraction spent of whichever budget ends the run first: steps, or wallclock less what calibration keeps back."""
+    progress = step / cfg.iterations
+    if cfg.max_wallclock_seconds:
+        progress = max(progress, elapsed / (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds))
+    return progress
+
+
+def length_warnings(cfg: Config, steps: float) -> list[str]:
+    """What cannot work in a run of so few steps."""
+    warnings = []
+    if steps < 100:
+        warnings.append(f"only about {steps:.0f} steps fit the budget: a smaller TRAIN_BATCH_TOKENS would train better")
+    if cfg.ema_decay:
+        horizon = -steps / (cfg.reference_steps * math.log(cfg.ema_decay))
+        if horizon < 3:
+            warnings.append(f"the EMA averages over {horizon:.1f} steps only")
+        if horizon > steps / 4:
+            warnings.append(
+                f"the EMA's horizon of {horizon:.0f} steps is over a quarter of the run: EMA_DECAY and REFERENCE_STEPS disagree"
+            )
+    for name, fraction in (("MUON_MOMENTUM_WARMUP_FRAC", cfg.muon_momentum_warmup_frac), ("WARMDOWN_FRAC", cfg.warmdown_frac)):
+        if fraction and fraction * steps < 5:
+            warnings.append(f"{name}={fraction} is {fraction * steps:.1f} steps")
+    if cfg.num_loops and (1 - cfg.enable_looping_at) * steps < 10:
+        warnings.append("depth recurrence trains for fewer than 10 steps")
+    return warnings
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's sequences divide: over ranks, then over micro-batches."""
+
+    sequences: int  # a step, all ranks
+    per_rank: int
+    per_micro: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.per_rank // self.per_micro
+
+
+def plan_batch(cfg: Config, ctx: RunContext) -> BatchPlan:
+    """Derive gradient accumulation; refuse sizes that do not divide, naming the nearest that would."""
+    per_gpu, seq, world = cfg.train_batch_tokens_per_gpu, cfg.train_seq_len, ctx.world_size
+    name = "TRAIN_BATCH_TOKENS_PER_GPU" if per_gpu else "TRAIN_BATCH_TOKENS"
+    total, unit = (per_gpu, seq) if per_gpu else (cfg.train_batch_tokens, seq * world)
+    if total % unit:
+        near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
+        what = f"TRAIN_SEQ_LEN={seq}" + ("" if per_gpu else f" times {world} rank(s)")
+        raise UserError(f"{name}={total} is not a multiple of {what}; {' or '.join(map(str, near))} would be")
+    per_rank = total // unit
+    if cfg.micro_batch_tokens:
+        per_micro, rest = divmod(cfg.micro_batch_tokens, seq)
+        if rest or not per_micro or per_rank % per_micro:
+            good = [seq * n for n in range(1, per_rank + 1) if per_rank % n == 0]
+            raise UserError(
+                f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide the {per_rank * seq} tokens of a rank; "
+                f"sizes that do: {', '.join(map(str, good[:12]))}"
+            )
+    else:
+        limit = 131072 if ctx.device.type == "cuda" else 16384  # tokens whose logits and activations fit comfortably
+        per_micro = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and (n == 1 or n * seq <= limit))
+    return BatchPlan(per_rank * world, per_rank, per_micro)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
+    """Windows (start, score_from) that score each of `num_targets` targets exactly once, with as much context as they can.
+
+    Target i is tokens[i+1], predicted from tokens[..i]. All windows are L = min(seq_len, num_targets) long: inputs tokens[start:start+L];
+    window (start, score_from) scores targets score_from … start+L−1. The first scores all of its own, later ones `stride` each; the
+    last one slides back to end at the last target and scores what is left.
+    """
+    if stride > seq_len:
+        raise UserError(f"EVAL_STRIDE={stride} is longer than the window of {seq_len}: tokens would never be scored")
+    length = min(seq_len, num_targets)
+    windows, scored = [(0, 0)], length
+    while scored < num_targets:
+        end = min(scored + stride, num_targets)
+        windows.append((end - length, scored))
+        scored = end
+    return windows
+
+
+def score_windows(
+    forward: Callable[..., Tensor], tokens: Tensor, windows: list[tuple[int, int]], length: int, batch_seqs: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Score windows in batches of `batch_seqs`; yields (target positions int64 [n], nll in nats float32 [n]), both on `device`.
+
+    Windows are grouped by how many targets they score, rounded up to the common stride, and short batches are filled up with repeats
+    that are not scored: the forward then sees few shapes, which compile once each.
+    """
+    tokens = tokens.to(device)
+    counts = [start + length - score_from for start, score_from in windows]
+    common = max(counts[1:], default=counts[0])
+    offsets = torch.arange(length, device=device)
+    alone = 1 if counts[0] > common else 0
+    groups = [[0]] * alone + [list(range(i, min(i + batch_seqs, len(windows)))) for i in range(alone, len(windows), batch_seqs)]
+    for group in groups:
+        wide = max(common, max(counts[i] for i in group))
+        short = batch_seqs - len(group) if len(windows) - alone > batch_seqs and group != [0] else 0
+        filled = group + [group[-1]] * short
+        starts = torch.tensor([windows[i][0] for i in filled], device=device)
+        index = starts[:, None] + offsets
+        with torch.no_grad():
+            nll = forward(tokens[index].long(), tokens[index + 1].long(), reduction="none", score_last=wide)
+        positions = index[:, -wide:][: len(group)]
+        wanted = torch.tensor([windows[i][1] for i in group], device=device)[:, None] <= positions
+        yield positions[wanted], nll[: len(group)][wanted].float()
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    val_loss: float  # nats a token
+    val_bpb: float  # bits a byte of raw text
+    tokens_scored: int
+    bytes_scored: int
+    seconds: float
+
+
+def eval_batch_size(cfg: Config, seq_len: int, device: torch.device) -> int:
+    """Windows a forward: EVAL_BATCH_SEQS, or what fills the device."""
+    return cfg.eval_batch_seqs or max(1, (262144 if device.type == "cuda" else 8192) // seq_len)
+
+
+def evaluate(
+    forward: Callable[..., Tensor], tokens: Tensor, byte_table: ByteTable, cfg: Config, ctx: RunContext, seq_len: int, stride: int
+) -> EvalResult:
+    """Bits per byte of `tokens` under sliding windows, split over ranks; every target is scored exactly once, which is asserted.
+
+    `forward` is the model or its compiled form. stride == seq_len gives non-overlapping windows.
+    """
+    if len(tokens) < 2:
+        raise UserError("the validation split has fewer than two tokens: nothing to score")
+    began, targets = time.perf_counter(), len(tokens) - 1
+    windows, length = plan_windows(targets, seq_len, stride), min(seq_len, targets)
+    mine = windows[ctx.rank * len(windows) // ctx.world_size : (ctx.rank + 1) * len(windows) // ctx.world_size]
+    table = byte_table.to(ctx.device)
+    on_device = tokens.to(ctx.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # nll, bytes, targets
+    if mine:
+        for positions, nll in score_windows(forward, on_device, mine, length, eval_batch_size(cfg, length, ctx.device), ctx.device):
+            counted = table.count(on_device[positions], on_device[positions + 1])
+            sums += torch.stack((nll.double().sum(), counted.sum().double(), torch.tensor(float(len(nll)), device=ctx.device).double()))
+    nll_sum, byte_sum, scored = ctx.all_reduce_sum(sums).tolist()
+    assert int(scored) == targets, f"{int(scored)} of {targets} targets scored"
+    if not byte_sum:
+        raise UserError("the validation tokens stand for no bytes: is the tokenizer the right one?")
+    seconds = time.perf_counter() - began
+    return EvalResult(nll_sum / targets, nll_sum / math.log(2) / byte_sum, targets, int(byte_sum), seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and loading: safetensors throughout, no pickle
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
+    """Tensors and a JSON header, written atomically."""
+    from safetensors.torch import save_file
+
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"meta": json.dumps(meta)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """What `save_tensors` wrote; a damaged file is a UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in list(handle.keys())}, json.loads(handle.metadata()["meta"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the model; names and shapes must agree exactly."""
+    params = dict(model.named_parameters())
+    if set(params) != set(weights):
+        odd = sorted(set(params) ^ set(weights))[0]
+        raise UserError(f"these weights are not this model's: parameter {odd} is on one side only")
+    with torch.no_grad():
+        for name, param in params.items():
+            if param.shape != weights[name].shape:
+                raise UserError(f"{name} is {tuple(weights[name].shape)} in the file, {tuple(param.shape)} in the model")
+            param.copy_(weights[name])
+
+
+def load_run(run_dir: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
+    """A finished run: (its settings, weights as float32 by name, metadata: looping, steps, train_seconds, tokenizer_sha256, …)."""
+    path = Path(run_dir) / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: is {run_dir} a finished run?")
+    weights, meta = load_tensors(path)
+    return meta["config"], weights, meta
+
+
+@dataclass
+class TrainState:
+    """All that a resumed run continues from."""
+
+    model: GPT
+    optimizers: Optimizers
+    stream: TokenStream
+    ema: list[Tensor]
+    step: int = 0
+    elapsed: float = 0.0  # seconds of the budget spent
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.model.named_parameters()]
+        tensors = {f"model/{name}": param for name, param in self.model.named_parameters()}
+        tensors.update({f"ema/{name}": value for name, value in zip(names, self.ema)})
+        tensors.update(self.optimizers.state())
+        # Every rank draws the same random numbers, so rank 0's generators are everyone's.
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.optimizers.ctx.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        params = dict(self.model.named_parameters())
+        load_weights(self.model, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")})
+        for name, value in zip(params, self.ema):
+            value.copy_(tensors[f"ema/{name}"])
+        self.optimizers.load_state(tensors)
+        torch.set_rng_state(tensors["rng/cpu"])
+        if "rng/cuda" in tensors and self.optimizers.ctx.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model holds the EMA weights inside this context."""
+        params = [param.data for param in self.model.parameters()]
+        kept = [param.clone() for param in params] if self.ema else []
+        torch._foreach_copy_(params, self.ema) if self.ema else None
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(params, kept) if self.ema else None
+
+
+CHECKPOINTS_KEPT = 2
+
+
+def save_checkpoint(state: TrainState, cfg: Config, folder: Path) -> Path:
+    """checkpoints/step_0000500.safetensors, written atomically; older ones beyond the last two are removed."""
+    path = folder / "checkpoints" / f"step_{state.step:07d}.safetensors"
+    meta = {
+        "config": cfg.to_dict(),
+        "step": state.step,
+        "elapsed": state.elapsed,
+        "position": state.stream.position,
+        "stream_tokens": state.stream.total_tokens,
+        "looping": state.model.looping,
+    }
+    save_tensors(path, state.tensors(), meta)
+    for old in sorted(path.parent.glob("step_*.safetensors"))[:-CHECKPOINTS_KEPT]:
+        old.unlink()
+    return path
+
+
+def restore_checkpoint(state: TrainState, cfg: Config, folder: Path, ctx: RunContext) -> bool:
+    """Load the last readable checkpoint of the run; False if it has none."""
+    for path in sorted((folder / "checkpoints").glob("step_*.safetensors"), reverse=True):
+        try:
+            tensors, meta = load_tensors(path)
+        except UserError as error:
+            ctx.log(f"warning: {error}; trying the one before")
+            continue
+        stage = {f.name: f.metadata["stage"] for f in settings()}
+        for name, value in cfg.to_dict().items():
+            before = meta["config"].get(name, value)
+            if value != before and stage[name] == "model":
+                raise UserError(f"{name.upper()}={value}, but the checkpoint was trained with {before}")
+            if value != before and name not in ("resume", "run_id"):
+                ctx.log(f"resume: {name.upper()} changes from {before} to {value}")
+        if meta["stream_tokens"] != state.stream.total_tokens:
+            raise UserError(f"the training shards hold {state.stream.total_tokens} tokens; the run began with {meta['stream_tokens']}")
+        state.load(tensors)
+        state.step, state.elapsed, state.stream.position = meta["step"], meta["elapsed"], meta["position"]
+        state.model.looping = meta["looping"]
+        ctx.log(f"resume: {path.name}, {state.elapsed:.1f}s of the budget spent")
+        return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What --print-config and --describe show
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def config_lines(cfg: Config) -> list[str]:
+    """Every setting with its value and origin."""
+    width = max(len(f.name) for f in settings())
+    return [f"{f.name.upper():<{width}}  {_env_text(getattr(cfg, f.name)):<44}  {cfg.origins.get(f.name, 'default')}" for f in settings()]
+
+
+def _env_text(value) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def flops_per_token(model: GPT) -> float:
+    """Forward and backward FLOPs a token (6 a weight in use, recurrence counted, plus attention's two products)."""
+    cfg = model.cfg
+    order = model.layer_order(model.looping)
+    linear = sum(m.weight.numel() for layer in order for m in model.blocks[layer].modules() if isinstance(m, Linear))
+    head = model.tok_emb.weight.numel()
+    spans = {"A": cfg.train_seq_len / 2, "S": min(cfg.window_size, cfg.train_seq_len / 2), "G": cfg.gdn_head_dim}
+    mixing = sum(2 * 2 * cfg.model_dim * spans.get(cfg.pattern[layer], 0) for layer in order)
+    return 6.0 * (linear + head) + 3.0 * mixing
+
+
+# Bits a symbol that entropy coding leaves, for Gaussian rows under SDClip: h(N(0,σ²)) − log2(step) = log2(√(2πe)) + log2(levels/k).
+GAUSSIAN_ENTROPY_BITS = math.log2(math.sqrt(2 * math.pi * math.e))
+
+
+def estimate_bytes(model: GPT, cfg: Config) -> int:
+    """Size of the packed weights before training, from each role's bits and clip."""
+    total = 0.0
+    clips = {"mlp": cfg.mlp_clip_sigmas, "attn": cfg.attn_clip_sigmas, "embed": cfg.embed_clip_sigmas, "hash": cfg.embed_clip_sigmas}
+    for spec in parameter_table(model, cfg):
+        if spec.role == "control":
+            total += 2 * spec.param.numel()
+            continue
+        bits = cfg.embed_bits if spec.role in ("embed", "hash") else cfg.matrix_bits
+        k = clips.get(spec.role) or cfg.matrix_clip_sigmas
+        symbol = min(bits, GAUSSIAN_ENTROPY_BITS + math.log2((2 ** (bits - 1) - 1) / k))
+        total += spec.param.numel() * symbol / 8 + 2 * spec.shape[0]
+    return int(total)
+
+
+def describe(model: GPT, cfg: Config) -> list[str]:
+    """The model as its card would put it."""
+    pattern, owners = cfg.pattern, layer_owners(cfg)
+    xsa = parse_layers(cfg.xsa_layers, len(pattern), "XSA_LAYERS")
+    ve = parse_layers(cfg.ve_layers, len(pattern), "VE_LAYERS")
+    lines = [
+        f"{len(pattern)} layers {pattern}, dim {cfg.model_dim}, vocab {cfg.vocab_size}, tied embeddings, softcap {cfg.logit_softcap:g}"
+    ]
+    for layer, letter in enumerate(pattern):
+        mixer = MIXERS[letter]
+        if issubclass(mixer, CausalAttention):
+            parts = [f"{cfg.num_heads}/{cfg.num_kv_heads} heads x {cfg.head_dim}", f"rope {cfg.rope_dims or cfg.head_dim}/{cfg.head_dim}"]
+            parts += [f"window {cfg.window_size}"] if mixer.windowed else []
+            parts += [f"gain {cfg.qk_gain_init:g}"]
+            parts += ["xsa"] * (layer in xsa) + ["value embedding"] * (layer in ve)
+            parts += ["sink"] * (cfg.attn_sink and not mixer.windowed)
+            parts += [f"gate {cfg.attn_gate_width}"] if cfg.attn_gate_width else []
+        elif mixer is GatedDeltaNet:
+            parts = [
+                f"{cfg.gdn_qk_heads} q/k and {cfg.gdn_v_heads} v heads x {cfg.gdn_head_dim}",
+                f"conv {cfg.gdn_conv_size}",
+                cfg.gdn_feature_map,
+            ]
+            parts += ["output norm"] if cfg.gdn_output_norm else []
+        else:
+            parts = []
+        parts += [f"weights of layer {owners[layer]}"] if owners[layer] != layer else []
+        parts += ["parallel"] if model.blocks[layer].parallel else []
+        lines.append(f"  {layer:>2} {letter} {mixer.title:<15} {', '.join(parts)}")
+    lines.append(f"  MLP {cfg.mlp_mult:g}x {cfg.mlp_act}" + (", norm scale 1/sqrt(layer+1)" if cfg.ln_scale else ""))
+    if cfg.bigram_vocab_size:
+        lines.append(
+            f"  hash embedding {cfg.bigram_vocab_size} x {cfg.bigram_dim}, bigrams" + (" and trigrams" if cfg.trigram_hash else "")
+        )
+    if cfg.smear_gate:
+        lines.append("  smear gate")
+    if cfg.num_loops:
+        order = " ".join(map(str, model.layer_order(True)))
+        lines.append(f"  depth recurrence from {cfg.enable_looping_at:.0%} of the budget: {order}")
+    if cfg.unet_skips:
+        lines.append(f"  {len(model.skip_weights)} gated U-Net skips")
+    roles: dict[str, list[int]] = {}
+    for spec in parameter_table(model, cfg):
+        roles.setdefault(f"{spec.role} ({spec.optimizer})", []).append(spec.param.numel())
+    for role, sizes in roles.items():
+        lines.append(f"  {role:<16} {sum(sizes):>12,} parameters in {len(sizes)} tensors")
+    size = estimate_bytes(model, cfg)
+    lines.append(
+        f"{count_params(model):,} parameters, about {size:,} bytes packed at int{cfg.matrix_bits} (limit {SIZE_LIMIT_BYTES:,} with code)"
+    )
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense, by the vendor's datasheets
+
+
+class TrainingDiverged(UserError):
+    """The loss stopped being a number."""
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT, so that the loop can save and leave between two steps."""
+
+    def __init__(self):
+        self.received = 0
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _remember(self, number, frame) -> None:
+        self.received = number
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One training run, from fresh or restored state to model.safetensors."""
+
+    def __init__(self, cfg: Config, ctx: RunContext, folder: Path):
+        self.cfg, self.ctx, self.folder = cfg, ctx, folder
+        self.batch = plan_batch(cfg, ctx)
+        self.tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+        self.byte_table = ByteTable.from_tokenizer(self.tokenizer)
+        self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
+        stream = TokenStream(cfg.data_path, cfg.vocab_size)
+        torch.manual_seed(cfg.seed)  # run-time draws (QAT noise); every rank the same
+        model = build_model(cfg, ctx.device)
+        ema = [param.detach().clone() for param in model.parameters()] if cfg.ema_decay else []
+        self.state = TrainState(model, Optimizers(model, cfg, ctx), stream, ema)
+        self.forward = maybe_compile(model)
+        self.in_flight: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+        self.last_loss = float("nan")
+
+    # --- one step
+
+    def run_step(self, progress: float) -> Tensor:
+        """Forward, backward and update on the next TRAIN_BATCH_TOKENS; returns the mean loss (a tensor: reading it would wait)."""
+        state, batch, seq = self.state, self.batch, self.cfg.train_seq_len
+        loss = torch.zeros((), device=self.ctx.device)
+        for micro in range(batch.accumulation):
+            first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
+            inputs, targets = state.stream.sequences(first, batch.per_micro, seq, self.ctx.device)
+            micro_loss = self.forward(inputs, targets) / batch.accumulation
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        state.optimizers.reduce_gradients(loss)
+        state.optimizers.step(lr_scale(self.cfg, progress), muon_momentum(self.cfg, progress))
+        state.stream.advance(batch.sequences * seq)
+        state.step += 1
+        return loss
+
+    def set_phase(self, progress: float) -> None:
+        """Switch depth recurrence and QAT on when their time has come; returns nothing, logs each change once."""
+        model, cfg = self.state.model, self.cfg
+        if cfg.num_loops and not model.looping and progress >= cfg.enable_looping_at:
+            model.looping = True
+            self.ctx.log(f"step:{self.state.step} depth recurrence on: layers {' '.join(map(str, model.layer_order(True)))}")
+        strength = float(qat_active(cfg, progress))
+        for module in model.modules():
+            if isinstance(module, FakeQuantize) and module.strength.item() != strength:
+                module.strength.fill_(strength)
+
+    def compile_warmup(self) -> None:
+        """Compile and tune every graph before the clock starts, on training tokens, then put everything back as it was."""
+        cfg, state = self.cfg, self.state
+        if not cfg.warmup_steps or not compiles(cfg, self.ctx.device):
+            return
+        began = time.perf_counter()
+        kept = {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
+        place, looping = (state.step, state.elapsed, state.stream.position), state.model.looping
+        for graph in [False, True] if cfg.num_loops else [False]:
+            state.model.looping = graph
+            for _ in range(cfg.warmup_steps):
+                self.run_step(0.0)
+        state.optimizers.adam.state.clear()
+        state.load(kept)
+        state.step, state.elapsed, state.stream.position = place
+        state.model.looping = looping
+        self.synchronize()
+        if self.ctx.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.ctx.log(f"compile warmup: {cfg.warmup_steps} steps a graph, undone; {time.perf_counter() - began:.1f}s outside the clock")
+
+    def synchronize(self) -> None:
+        if self.ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    # --- keeping up with the device
+
+    def submit(self, loss: Tensor) -> None:
+        """Note the step's loss without waiting for it."""
+        event = None
+        if loss.is_cuda:
+            loss = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.in_flight.append((self.state.step, loss, event))
+
+    def settle(self, allowed: int) -> None:
+        """Wait until at most `allowed` steps are unfinished; a loss that is no number ends the run.
+
+        One step may stay in flight while the next is launched: the device never idles, and the clock is at most a step ahead of it.
+        """
+        while len(self.in_flight) > allowed:
+            step, loss, event = self.in_flight.pop(0)
+            if event is not None:
+                event.synchronize()
+            value = float(loss)
+            if not math.isfinite(value):
+                kept = sorted((self.folder / "checkpoints").glob("step_*.safetensors"))
+                last = f"last checkpoint: {kept[-1]}" if kept else "no checkpoint had been written"
+                raise TrainingDiverged(f"train_loss is {value} at step {step}; step {step - 1} was good at {self.last_loss:.4f}; {last}")
+            self.last_loss = value
+
+    def agree(self, elapsed: float, stop: int) -> tuple[float, int]:
+        """Rank 0's clock, and the stop signal if any rank got one: every rank must take the same decisions."""
+        if self.ctx.world_size == 1:
+            return elapsed, stop
+        shared = torch.tensor([elapsed if self.ctx.is_main else 0.0, float(stop)], dtype=torch.float64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)  # CPU tensor, through gloo: does not wait for the GPU
+        return float(shared[0]), int(shared[1])
+
+    # --- reports
+
+    def validate(self, label: str) -> EvalResult:
+        result = evaluate(
+            self.state.model, self.val_tokens, self.byte_table, self.cfg, self.ctx, self.cfg.train_seq_len, self.cfg.train_seq_len
+        )
+        state = self.state
+        self.ctx.log(f"step:{state.step} {label} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} ({result.seconds:.1f}s)")
+        self.ctx.metric("validation", label=label, step=state.step, elapsed=round(state.elapsed, 3), **dataclasses.asdict(result))
+        return result
+
+    def report(self, progress: float, tokens_per_second: float) -> None:
+        state, cfg = self.state, self.cfg
+        total = max(state.step, round(state.step / progress)) if progress else 0
+        values = {"train_loss": self.last_loss, "lr": lr_scale(cfg, progress), "tokens_per_second": tokens_per_second}
+        line = f"step:{state.step}/{total} train_loss:{self.last_loss:.4f} lr:{values['lr']:.2f} tok/s:{_si(tokens_per_second)}"
+        if self.ctx.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.ctx.device)
+            peak = next((flops for chip, flops in PEAK_BF16_FLOPS.items() if chip in name), None)
+            if peak:
+                values["mfu"] = flops_per_token(state.model) * tokens_per_second / self.ctx.world_size / peak
+                line += f" mfu:{values['mfu']:.0%}"
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            line += f" mem:{values['peak_memory_gib']:.1f}G"
+        remaining = state.elapsed * (1 - progress) / progress if progress else 0
+        self.ctx.log(f"{line} epoch:{state.stream.epoch:.2f} elapsed:{state.elapsed:.1f}s eta:{_duration(remaining)}")
+        self.ctx.metric("train", step=state.step, elapsed=round(state.elapsed, 3), progress=progress, **values)
+
+    # --- the run
+
+    def run(self, stop: StopSignal) -> int:
+        """Train until the budget is spent or a signal arrives. Returns 0, or 128 + the signal's number after saving."""
+        cfg, ctx, state = self.cfg, self.ctx, self.state
+        self.compile_warmup()
+        ctx.barrier()
+        tokens_a_step = self.batch.sequences * cfg.train_seq_len
+        spent, began = state.elapsed, time.perf_counter()
+        paused = 0.0  # seconds of validation, which the budget does not count
+        first_step = mark_step = state.step
+        mark_time, warned = state.elapsed, False
+        progress = before = training_progress(cfg, state.step, state.elapsed)
+        if cfg.val_loss_every and state.step == 0:
+            pause = time.perf_counter()
+            self.validate("start")
+            paused += time.perf_counter() - pause
+        while True:
+            self.settle(1 if ctx.device.type == "cuda" else 0)
+            state.elapsed, signal_number = self.agree(spent + time.perf_counter() - began - paused, stop.received)
+            before, progress = progress, max(progress, training_progress(cfg, state.step, state.elapsed))
+            if cfg.ema_decay and state.step > first_step:
+                params = [param.data for param in state.model.parameters()]
+                torch._foreach_lerp_(state.ema, params, 1 - ema_decay(cfg, progress - before))
+            if signal_number:
+                self.settle(0)
+                path = save_checkpoint(state, cfg, self.folder) if ctx.is_main else None
+                ctx.barrier()
+                ctx.log(
+                    f"stopped by {signal.Signals(signal_number).name} at step {state.step}; saved {path}; RESUME=1 RUN_ID={cfg.run_id} continues"
+                )
+                return 128 + signal_number
+            done = progress >= 1
+            if cfg.checkpoint_every and state.step > first_step and state.step % cfg.checkpoint_every == 0 and not done:
+                self.settle(0)
+                if ctx.is_main:
+                    ctx.log(f"step:{state.step} checkpoint {save_checkpoint(state, cfg, self.folder)}")
+            steps_taken = state.step - mark_step
+            if steps_taken and (state.step % cfg.train_log_every == 0 or done or state.step - first_step in (1, 2, 5, 10, 20, 50)):
+                self.settle(0)
+                self.report(progress, steps_taken * tokens_a_step / max(1e-9, state.elapsed - mark_time))
+                mark_step, mark_time = state.step, state.elapsed
+            if not warned and progress and state.step - first_step >= min(10, cfg.iterations):
+                warned = True
+                for warning in length_warnings(cfg, state.step / progress):
+                    ctx.log(f"warning: {warning}")
+            if done:
+                break
+            if cfg.val_loss_every and state.step > first_step and state.step % cfg.val_loss_every == 0:
+                pause = time.perf_counter()
+                self.settle(0)
+                self.validate("raw")
+                paused += time.perf_counter() - pause
+            self.set_phase(progress)
+            self.submit(self.run_step(progress))
+        self.settle(0)
+        self.finish()
+        return 0
+
+    def finish(self) -> None:
+        """Validate the raw and the averaged weights, and save the averaged ones as the run's result."""
+        cfg, ctx, state = self.cfg, self.ctx, self.state
+        raw = self.validate("raw")
+        with state.averaged_weights():
+            result = self.validate("ema") if cfg.ema_decay else raw
+            if cfg.ema_decay and result.val_bpb > raw.val_bpb + 0.02:
+                ctx.log(
+                    f"warning: the EMA scores {result.val_bpb - raw.val_bpb:.3f} bpb worse than the raw weights: EMA_DECAY does not fit"
+                )
+            meta = {
+                "config": cfg.to_dict(),
+                "looping": state.model.looping,
+                "steps": state.step,
+                "tokens": state.stream.position,
+                "train_seconds": state.elapsed,
+                "world_size": ctx.world_size,
+                "device": torch.cuda.get_device_name() if ctx.device.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "tokenizer_sha256": tokenizer_hash(cfg.tokenizer_path),
+                "val_loss": result.val_loss,
+                "val_bpb": result.val_bpb,
+            }
+            if ctx.is_main:
+                save_tensors(self.folder / "model.safetensors", dict(state.model.named_parameters()), meta)
+            ctx.barrier()
+        rate = state.stream.position / max(1e-9, state.elapsed)
+        ctx.log(
+            f"done: {state.step} steps, {state.elapsed:.1f}s, {_si(rate)} tok/s, val_bpb {result.val_bpb:.4f} -> {self.folder / 'model.safetensors'}"
+        )
+        ctx.metric("done", tokens_per_second=rate, **{k: v for k, v in meta.items() if k != "config"})
+
+
+def _si(value: float) -> str:
+    for limit, unit in ((1e6, "M"), (1e3, "K")):
+        if value >= limit:
+            return f"{value / limit:.2f}{unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f}m" if seconds >= 90 else f"{seconds:.0f}s"
+
+
+def new_run_id(environ_preset: str) -> str:
+    stem = environ_preset.replace("/", "-") or "run"
+    return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def open_run(cfg: Config, ctx: RunContext) -> Path:
+    """The run's folder, refused when it already holds another run; config.json written."""
+    folder = Path(cfg.runs_dir) / cfg.run_id
+    started = (folder / "checkpoints").is_dir() or (folder / "model.safetensors").is_file()
+    if started and not cfg.resume:
+        raise UserError(f"{folder} already holds a run; RESUME=1 continues it, or choose another RUN_ID")
+    ctx.barrier()  # no rank may look after rank 0 has begun to write
+    ctx.open_logs(folder)
+    if ctx.is_main:
+        with atomic_write(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps({"config": cfg.to_dict(), "origins": cfg.origins}, indent=1))
+    return folder
+
+
+def banner(trainer: Trainer) -> None:
+    """What a reader of the log needs to repeat the run."""
+    cfg, ctx, model, batch = trainer.cfg, trainer.ctx, trainer.state.model, trainer.batch
+    device = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    ctx.log(f"run {cfg.run_id}: {ctx.world_size} x {device}, torch {torch.__version__}, python {sys.version.split()[0]}")
+    for line in config_lines(cfg):
+        if not line.endswith("  default"):
+            ctx.log(f"  {line}")
+    for line in describe(model, cfg):
+        ctx.log(line)
+    plan = model.attention_plan
+    ctx.log(f"attention: full {plan.full}, windowed {plan.windowed}" + (f" (not: {'; '.join(plan.refused)})" if plan.refused else ""))
+    if "G" in cfg.pattern:
+        ctx.log(f"gated delta rule: {model.gdn_backend}")
+    ctx.log(
+        f"batch: {batch.sequences} x {cfg.train_seq_len} = {batch.sequences * cfg.train_seq_len:,} tokens a step, {batch.per_micro} sequences a "
+        f"micro-batch, {batch.accumulation} micro-batches on each of {ctx.world_size} ranks"
+    )
+    stream = trainer.state.stream
+    ctx.log(f"data: {stream.total_tokens:,} training tokens in {len(stream.paths)} shards, {len(trainer.val_tokens):,} validation tokens")
+    ctx.metric(
+        "start", run_id=cfg.run_id, world_size=ctx.world_size, device=device, torch=torch.__version__, parameters=count_params(model)
+    )
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if unknown := [a for a in arguments if a not in ("--print-config", "--describe", "-h", "--help")]:
+        raise UserError(f"unknown argument {unknown[0]}: hyperparameters are environment variables; see --print-config")
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return 0
+    cfg = resolve_config(os.environ)
+    if "--print-config" in arguments:
+        print("\n".join(config_lines(cfg)))
+        return 0
+    if "--describe" in arguments:
+        with torch.device("meta"):  # shapes alone: no weights are drawn
+            model = GPT(cfg)
+        print("\n".join(describe(model, cfg)))
+        return 0
+    ctx = setup_distributed(cfg.device)
+    stop = StopSignal()
+    try:
+        run_id = ctx.broadcast_object(cfg.run_id or new_run_id(os.environ.get("PRESET", "")))
+        cfg = dataclasses.replace(cfg, run_id=run_id)
+        folder = open_run(cfg, ctx)
+        for warning in near_misses(os.environ):
+            ctx.log(f"warning: {warning}")
+        if cfg.resume and (folder / "model.safetensors").is_file():
+            ctx.log(f"{folder} is finished: nothing to resume")
+            return 0
+        trainer = Trainer(cfg, ctx, folder)
+        banner(trainer)
+        if cfg.resume and not restore_checkpoint(trainer.state, cfg, folder, ctx):
+            ctx.log("resume: no checkpoint yet, starting from the beginning")
+        return trainer.run(stop)
+    except UserError as error:
+        ctx.log(f"error: {error}") if isinstance(error, TrainingDiverged) and ctx.is_main else None
+        raise
+    finally:
+        stop.restore()
+        ctx.close()
+
+
+if __name__ == "__main__":
+    cli(main)
