@@ -256,7 +256,30 @@ class Config:
     ttt_hash_lr_mult: float = _eval(10.0, "its learning rate over TTT_LR", low=0)
     ttt_reset_per_doc: bool = _eval(False, "forget at document starts")
     ttt_batch_seqs: int = _eval(32, "sequences a TTT step, over all ranks", low=1)
-    experts: str = _eval("", "distributions mixed with the model's, comma separated")
+    ttt_seq_len: int = _eval(0, "sequence length of its training passes; 0: EVAL_SEQ_LEN", low=0)
+    ttt_max_lr_mult: float = _eval(3.0, "schedule adaptive: cosine times a factor rising from 1 to this over the first 30 % of chunks", low=1)
+    ttt_adam_wd: float = _eval(0.0, "weight decay of AdamW", low=0)
+    eval_tokens: int = _eval(0, "evaluate the first n validation tokens only; 0: all", low=0)
+    experts: str = _eval("", "tilt,temperature,calibration,ngram,cache,unigram,bigram,trigram,entropy: those mixed in; empty: none")
+    expert_mixer: str = _eval("context", "how their weights are learned", choices=("context", "hedge", "fixed_share"))
+    expert_block_tokens: int = _eval(1024, "tokens scored before the experts' counts and weights learn from them", low=1)
+    expert_report: bool = _eval(True, "also score the model mixed with each expert alone")
+    hedge_eta: float = _eval(0.1, "learning rate of the Hedge mixers", low=0)
+    hedge_share: float = _eval(0.001, "weight that fixed_share spreads evenly after each block", low=0, high=1)
+    ngram_order: int = _eval(9, "longest n-gram counted", low=2, high=16)
+    ngram_max_contexts: int = _eval(1 << 25, "contexts kept over all orders (about 100 bytes each, their successors included)", low=1)
+    ngram_smoothing: str = _eval("kneser_ney", "of the n-gram distributions", choices=("kneser_ney", "witten_bell"))
+    cache_min_count: int = _eval(2, "times the gated cache must have seen a context to use it", low=1)
+    temperature_strength: float = _eval(0.15, "temperature = 1 - this * (1 - H / ln V)", low=0, high=0.99)
+    calibration_clamp: float = _eval(2.0, "largest logit bias of the calibration, nats", low=0)
+    calibration_momentum: float = _eval(0.999, "of its averages, per 64 tokens", low=0, high=1)
+    tilt_beta: float = _eval(0.0, "logit added to the n-gram's most frequent continuation; 0: learned online", low=0)
+    tilt_order: int = _eval(2, "order of that n-gram; 0: the longest context that was seen", low=0, high=16)
+    invalid_cache: bool = _eval(False, "also report what the target-keyed cache formula, which is no probability, would claim")
+    audit_tokens: int = _eval(0, "the audit's reruns stay within the first n tokens; 0: two chunks and a window", low=0)
+    audit_places: int = _eval(6, "places where the audit changes tokens and runs again", low=1)
+    audit_samples: int = _eval(64, "positions whose full distribution the audit looks at", low=1)
+    audit_tolerance: float = _eval(0.02, "largest difference in nats the audit's reruns may show on a GPU; on a CPU it is 0", low=0)
 
     # Filled by resolve_config: setting -> "default", "preset:<name>", "run" or "env".
     origins: dict = field(default_factory=dict, compare=False, repr=False)
@@ -360,10 +383,10 @@ def _check_config(cfg: Config) -> None:
         raise UserError("TRIGRAM_HASH=1 needs BIGRAM_VOCAB_SIZE: both share one table")
     if cfg.num_loops and not cfg.loop_start <= cfg.loop_end < len(pattern):
         raise UserError(f"the recurrent segment {cfg.loop_start}-{cfg.loop_end} is not within the {len(pattern)} layers")
-    for name in ("xsa_layers", "ve_layers"):
-        for layer in parse_layers(getattr(cfg, name), len(pattern), name.upper()):
-            if not issubclass(MIXERS[pattern[layer]], CausalAttention) and getattr(cfg, name) != "all":
-                raise UserError(f"{name.upper()}: layer {layer} is {pattern[layer]}, not attention")
+    for name in ("xsa_layers", "ve_layers"):  # these act on the attention layers among those named
+        layers = parse_layers(getattr(cfg, name), len(pattern), name.upper())
+        if layers and not any(issubclass(MIXERS[pattern[layer]], CausalAttention) for layer in layers):
+            raise UserError(f"{name.upper()}={getattr(cfg, name)} names no attention layer of {pattern}")
     owner = layer_owners(cfg)
     for layer, first in enumerate(owner):
         if MIXERS[pattern[layer]] is not MIXERS[pattern[first]]:

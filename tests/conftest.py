@@ -1,0 +1,98 @@
+"""Shared fixtures: a tiny real dataset (a few standard-library sources), a tiny configuration, and a way to run the commands."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+# Small enough that a step takes milliseconds, with every kind of mixer in it.
+TINY = {
+    "VOCAB_SIZE": "512",
+    "LAYER_PATTERN": "GSTA",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "4",
+    "WINDOW_SIZE": "16",
+    "GDN_QK_HEADS": "2",
+    "GDN_V_HEADS": "2",
+    "GDN_HEAD_DIM": "8",
+    "BIGRAM_VOCAB_SIZE": "128",
+    "BIGRAM_DIM": "16",
+    "TRIGRAM_HASH": "1",
+    "SMEAR_GATE": "1",
+    "XSA_LAYERS": "all",
+    "TRAIN_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "512",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "ITERATIONS": "12",
+    "REFERENCE_STEPS": "12",
+    "EMA_DECAY": "0.7",
+    "VAL_LOSS_EVERY": "0",
+    "VAL_TOKENS": "3000",
+    "EVAL_STRIDE": "16",
+    "TTT_CHUNK_TOKENS": "512",
+    "TTT_EPOCHS": "1",
+    "GPTQ_CALIBRATION_BATCHES": "2",
+}
+
+
+def clean_environment(**settings) -> dict[str, str]:
+    """The machine's environment without any setting of ours, plus `settings`."""
+    from train_gpt import settings as all_settings
+
+    ours = {f.name.upper() for f in all_settings()} | {"PRESET"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**environment, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in settings.items()}}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> SimpleNamespace:
+    """A tokenizer of 512 pieces and shards, built by data/prepare.py from a few standard-library files."""
+    folder = tmp_path_factory.mktemp("dataset")
+    text = folder / "text"
+    text.mkdir()
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("argparse", "ast", "bisect", "calendar", "csv", "datetime", "heapq", "inspect", "json/decoder", "random", "textwrap"):
+        source = library / f"{name}.py"
+        (text / f"{name.replace('/', '_')}.txt").write_bytes(source.read_bytes())
+    out, tokenizer = folder / "shards", folder / "tiny.model"
+    command = [
+        sys.executable,
+        ROOT / "data" / "prepare.py",
+        text,
+        "--vocab-size",
+        "512",
+        "--val-fraction",
+        "0.2",
+        "--shard-tokens",
+        "50000",
+    ]
+    command += ["--out", out, "--tokenizer-out", tokenizer, "--workers", "1"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    settings = {**TINY, "DATA_PATH": str(out), "TOKENIZER_PATH": str(tokenizer)}
+    return SimpleNamespace(path=out, tokenizer=tokenizer, settings=settings)
+
+
+@pytest.fixture
+def launch(dataset, tmp_path):
+    """Run a command of the suite in a subprocess: launch("train_gpt.py", ITERATIONS=3) -> CompletedProcess."""
+
+    def run(script: str, *arguments: str, ranks: int = 1, timeout: float = 240, **settings) -> subprocess.CompletedProcess:
+        environment = clean_environment(**{**dataset.settings, "RUNS_DIR": str(tmp_path / "runs"), "DEVICE": "cpu", **settings})
+        start = [sys.executable]
+        if ranks > 1:
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*start, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=tmp_path)
+
+    run.runs = tmp_path / "runs"
+    return run
