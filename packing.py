@@ -172,9 +172,7 @@ _LEVELS = 64  # contexts: mean |q| from 2^-5 to 2^11 in quarter octaves
 _LEVEL_STEPS = 4
 _FIXED = 12  # fractional bits of a mean magnitude
 # thresholds[i] = floor(2^(i/4 - 5) · 2^_FIXED) exactly: a float power could round differently elsewhere.
-_LEVEL_THRESHOLDS = np.array(
-    [math.isqrt(math.isqrt(1 << (i + 4 * (_FIXED - 5)))) for i in range(1, _LEVELS)], dtype=np.int64
-)
+_LEVEL_THRESHOLDS = np.array([math.isqrt(math.isqrt(1 << (i + 4 * (_FIXED - 5)))) for i in range(1, _LEVELS)], dtype=np.int64)
 _ROW_OFFSETS = 8  # row offsets −8 … +8 quarter octaves
 _ROW_GAIN = np.array(  # 2^(−offset/4) in fixed point: takes a row's own size out of the column means
     [math.isqrt(math.isqrt(1 << (4 * _FIXED - offset))) for offset in range(-_ROW_OFFSETS, _ROW_OFFSETS + 1)],
@@ -438,9 +436,7 @@ def encode_records(records: list[Record], compressor: str) -> tuple[list[dict], 
             payload = range_encode(arrays, int(name[5:]))
         else:
             codec = "brotli" if compressor == "range" else compressor
-            data = b"".join(
-                np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays
-            )
+            data = b"".join(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
             payload = compress(shuffle_bytes(data, 2) if name in ("scales", "half") else data, codec)
         table.append({"name": name, "codec": codec, "raw": size, "packed": len(payload)})
         payloads.append(payload)
@@ -451,7 +447,7 @@ def _plan(records: list[Record]) -> list[list]:
     return [[record.name, record.kind, record.bits, list(record.data.shape)] for record in records]
 
 
-def _check_plan(plan) -> dict[str, int]:
+def check_plan(plan, max_elements: int = MAX_ELEMENTS) -> dict[str, int]:
     """Validate the header's list of records; -> bytes that each stream must have. Raises ValueError."""
     if not isinstance(plan, list) or len(plan) > MAX_RECORDS:
         raise ValueError("the tensor plan is not a list of sane length")
@@ -468,8 +464,8 @@ def _check_plan(plan) -> dict[str, int]:
             raise ValueError(f"{name}: impossible shape")
         count = math.prod(shape)
         elements += max(count, sum(shape))
-        if elements > MAX_ELEMENTS:
-            raise ValueError(f"the plan claims more than {MAX_ELEMENTS} elements")
+        if elements > max_elements:
+            raise ValueError(f"the plan claims more than {max_elements} elements")
         if kind == "codes":
             if type(bits) is not int or not 2 <= bits <= 8 or len(shape) != 2:
                 raise ValueError(f"{name}: impossible width or shape")
@@ -486,7 +482,7 @@ def _check_plan(plan) -> dict[str, int]:
 
 def decode_records(plan: list, table: list, payload: memoryview) -> list[Record]:
     """Inverse of `encode_records`. Raises ValueError where plan, stream table and payload contradict each other."""
-    sizes = _check_plan(plan)
+    sizes = check_plan(plan)
     if not isinstance(table, list) or not all(isinstance(entry, dict) for entry in table):
         raise ValueError("malformed stream table")
     if [entry.get("name") for entry in table] != sorted(sizes):
@@ -500,9 +496,7 @@ def decode_records(plan: list, table: list, payload: memoryview) -> list[Record]
         at += packed
         if codec == "range" and name.startswith("codes"):
             bits = int(name[5:])
-            streams[name] = iter(
-                range_decode(data, [tuple(e[3]) for e in plan if e[1] == "codes" and e[2] == bits], bits)
-            )
+            streams[name] = iter(range_decode(data, [tuple(e[3]) for e in plan if e[1] == "codes" and e[2] == bits], bits))
         else:
             raw = decompress(data, codec, sizes[name])
             streams[name] = memoryview(unshuffle_bytes(raw, 2) if name in ("scales", "half") else raw)

@@ -34,9 +34,7 @@ def codes_record(name: str, codes: np.ndarray, bits: int, rng: np.random.Generat
 
 def sample_records(rng: np.random.Generator) -> list[Record]:
     records = [
-        codes_record(f"m{bits}.{i}", symbols(rng, shape, bits), bits, rng)
-        for bits in (2, 5, 6, 8)
-        for i, shape in enumerate(SHAPES[:5])
+        codes_record(f"m{bits}.{i}", symbols(rng, shape, bits), bits, rng) for bits in (2, 5, 6, 8) for i, shape in enumerate(SHAPES[:5])
     ]
     records.append(Record("gains", "half", rng.standard_normal((3, 5, 2)).astype(np.float16)))
     records.append(Record("nothing", "half", np.zeros((0,), np.float16)))

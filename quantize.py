@@ -1,0 +1,1280 @@
+"""Quantize a trained run, pack it to the byte, bundle it for submission.
+
+    python quantize.py runs/<RUN_ID>                            # -> runs/<RUN_ID>/artifact.bin, quantize.json
+    python quantize.py runs/<RUN_ID> --compare                  # … and the size under every compressor
+    TARGET_BYTES=16000000 python quantize.py runs/<RUN_ID>      # the smallest loss that fits, code included
+    torchrun --standalone --nproc_per_node=8 quantize.py runs/<RUN_ID>
+    python quantize.py table runs/<RUN_ID>                      # val_bpb and bytes of float, RTN, GPTQ, int5, mixed plans …
+    python quantize.py bundle runs/<RUN_ID> --out submission/   # a folder that can be handed in, and runs
+
+Every matrix is rounded by GPTQ under the full Hessian of its own inputs, on an SDClip grid whose width is a dial between
+bytes and error; scalars, gates and convolutions pass through as float16. Hessians come from training shards alone, by
+observers on the one forward of `train_gpt.GPT`, and their time counts as training time. Settings: the "quant" stage of
+`python train_gpt.py --print-config`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import fnmatch
+import functools
+import io
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import tokenize
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import packing
+from packing import Record
+from train_gpt import (
+    GPT,
+    SIZE_LIMIT_BYTES,
+    ByteTable,
+    CausalAttention,
+    Config,
+    Linear,
+    RunContext,
+    TokenStream,
+    UserError,
+    atomic_write,
+    build_model,
+    cli,
+    evaluate,
+    list_shards,
+    load_run,
+    load_shard,
+    load_tokenizer,
+    load_tokens,
+    load_weights,
+    parameter_table,
+    resolve_config,
+    setup_distributed,
+    tokenizer_hash,
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantization of plain matrices
+# ----------------------------------------------------------------------------------------------------------------------
+def largest_code(bits: int) -> int:
+    """Largest symbol of a symmetric grid: 31 for six bits."""
+    return (1 << (bits - 1)) - 1
+
+
+def row_scales(weight: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """SDClip: `clip_sigmas · std(row) / largest_code`, rounded to what float16 holds. weight [..., out, in] -> float32 [..., out].
+
+    A row without spread (constant, or a single column) has no standard deviation to scale by; its grid ends at its own magnitude,
+    so that it is restored to float16 precision. A row of zeros gets scale 1. Raises UserError where float16 overflows.
+    """
+    top = largest_code(bits)
+    spread = weight.std(dim=-1, unbiased=False)
+    magnitude = weight.abs().amax(dim=-1)
+    scale = torch.where(spread > 1e-6 * magnitude, clip_sigmas * spread / top, magnitude / top)
+    scale = torch.where(magnitude == 0, torch.ones_like(scale), scale)
+    scale = scale.clamp(min=2.0**-24).to(torch.float16)  # below lies zero, and a zero scale loses its row
+    if not torch.isfinite(scale).all():
+        raise UserError("a row scale overflows float16: the weights are too large to quantize")
+    return scale.float()
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Round to nearest: integer codes as float32. weight [..., out, in], scale [..., out]."""
+    top = largest_code(bits)
+    return (weight / scale[..., None]).round_().clamp_(-top, top)
+
+
+def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
+    """Hessian-weighted squared error of each row, `δ H δᵀ`. delta [n, out, in], hessian [n, in, in] -> [n, out]."""
+    return ((delta @ hessian) * delta).sum(dim=-1)
+
+
+def weighted_error(delta: Tensor, hessian: Tensor | None) -> Tensor:
+    """tr(δ H δᵀ) of each matrix; H = I if None. delta [n, out, in] -> float64 [n]."""
+    rows = delta.square().sum(dim=-1) if hessian is None else row_errors(delta, hessian)
+    return rows.double().sum(dim=-1)
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor U of the damped inverse: `(H + λI)⁻¹ = UᵀU`, λ = damp · mean(diag). [n, d, d] -> float32 [n, d, d].
+
+    One factorization and one triangular inverse: with J the reversal of the axes and `JHJ = LLᵀ`, `R = JLJ` is upper
+    triangular, `H = RRᵀ`, and so `U = R⁻¹`. In float64, because a 2048-wide Hessian of correlated activations has a condition
+    number that float32 does not survive. Where even that fails, λ grows tenfold. Raises UserError when nothing helps.
+    """
+    matrix = hessian.double()
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for attempt in range(6):
+        damped = matrix + (damp * 10**attempt * mean)[:, None, None] * eye
+        lower, info = torch.linalg.cholesky_ex(damped.flip(-1, -2))
+        if not info.any():
+            upper = lower.flip(-1, -2)
+            return torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).float()
+    raise UserError("a Hessian is not positive definite, not even heavily damped: are the activations finite?")
+
+
+@dataclass
+class Prepared:
+    """What GPTQ needs of a batch of Hessians, whatever the weights: compute once, solve often."""
+
+    hessian: Tensor  # float32 [n, in, in], undamped
+    order: Tensor  # int64 [n, in]: columns by descending diagonal ("act-order")
+    factor: Tensor  # float32 [n, in, in]: `inverse_factor` in that order
+    dead: Tensor  # bool [n, in]: inputs that were always zero
+
+    @staticmethod
+    def stack(parts: list[Prepared]) -> Prepared:
+        fields = ("hessian", "order", "factor", "dead")
+        return Prepared(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+
+
+def prepare_hessian(hessian: Tensor, damp: float = 0.01) -> Prepared:
+    """Order and factorize Hessians [n, in, in]. Raises UserError where they are not finite."""
+    if not torch.isfinite(hessian).all():
+        raise UserError("a Hessian is not finite: activations overflowed during calibration")
+    hessian = hessian.float()
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    ordered = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    live = torch.diag_embed(dead.gather(1, order).to(hessian))  # a dead input gets a diagonal of 1, so that a factor exists
+    return Prepared(hessian, order, inverse_factor(ordered + live, damp), dead)
+
+
+@dataclass
+class Solved:
+    """A quantized batch of matrices. codes int8 [n, out, in]; scales float32 [n, out], holding float16 values.
+
+    Errors float64 [n]: tr(δ H δᵀ) of the result and of rounding to nearest, and tr(W H Wᵀ) to compare them with (H = I where
+    no Hessian is known).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    error: Tensor
+    rtn_error: Tensor
+    power: Tensor
+
+    def dequantized(self) -> Tensor:
+        return self.codes.float() * self.scales[..., None]
+
+
+def gptq_batch(
+    weight: Tensor,
+    prepared: Prepared | None,
+    bits: int,
+    clip_sigmas: Tensor | float,
+    *,
+    block: int = 128,
+    keep: Tensor | None = None,
+) -> Solved:
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323) of matrices of one shape at once, on the device they lie on.
+
+    weight [n, out, in]; prepared: of the matrices' Hessians, or None for round to nearest; clip_sigmas: a number or [n];
+    keep: bool [n, out, in], False where a weight is pruned. Columns go by descending Hessian diagonal: the inputs that matter most are
+    rounded while there is still freedom left to compensate. Columns that never saw an input become zero. A row that rounding
+    to nearest happens to serve better (clipped errors can pile up) keeps that rounding: no row ends worse than RTN. Batching is
+    what makes this fast: the loop over columns is Python, and each turn serves all n matrices.
+    """
+    if not torch.isfinite(weight).all():
+        raise UserError("weights are not finite: the run diverged, there is nothing to quantize")
+    weight = weight.float()
+    if not isinstance(clip_sigmas, Tensor):
+        clip_sigmas = torch.full((len(weight),), float(clip_sigmas))
+    if prepared is not None:
+        weight = weight.masked_fill(prepared.dead[:, None, :], 0.0)
+    scale = row_scales(weight, bits, clip_sigmas.to(weight)[:, None])
+    nearest = round_to_grid(weight, scale, bits)
+    if keep is not None:
+        nearest *= keep
+    if prepared is None:
+        error = weighted_error(nearest * scale[..., None] - weight, None)
+        return Solved(nearest.to(torch.int8), scale, error, error, weighted_error(weight, None))
+
+    n, out, columns = weight.shape
+    hessian, order, factor = prepared.hessian, prepared.order, prepared.factor
+    # Columns lie along dim 1 from here on, so that one column of all rows is contiguous.
+    work = weight.transpose(1, 2).gather(1, order[:, :, None].expand(n, columns, out)).contiguous()
+    kept = None if keep is None else keep.transpose(1, 2).gather(1, order[:, :, None].expand(n, columns, out))
+    codes = torch.empty_like(work)
+    top = largest_code(bits)
+    for start in range(0, columns, block):
+        stop = min(columns, start + block)
+        local, local_factor = work[:, start:stop], factor[:, start:stop, start:stop]
+        errors = torch.empty_like(local)
+        for j in range(stop - start):
+            column = local[:, j]
+            code = (column / scale).round_().clamp_(-top, top)
+            if kept is not None:
+                code *= kept[:, start + j]
+            codes[:, start + j] = code
+            error = (column - code * scale) / local_factor[:, j, j, None]
+            errors[:, j] = error
+            if j + 1 < stop - start:
+                local[:, j + 1 :].baddbmm_(local_factor[:, j, j + 1 :, None], error[:, None, :], alpha=-1)
+        if stop < columns:
+            work[:, stop:].baddbmm_(factor[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+    back = order.argsort(dim=-1)
+    codes = codes.gather(1, back[:, :, None].expand_as(codes)).transpose(1, 2)
+
+    rtn = row_errors(nearest * scale[..., None] - weight, hessian)
+    ours = row_errors(codes * scale[..., None] - weight, hessian)
+    worse = ~(ours <= rtn)
+    codes = torch.where(worse[..., None], nearest, codes)
+    ours = torch.where(worse, rtn, ours)
+    power = weighted_error(weight, hessian)
+    return Solved(codes.to(torch.int8).contiguous(), scale, ours.double().sum(-1), rtn.double().sum(-1), power)
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, block: int = 128, damp: float = 0.01
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gptq_batch` of one matrix: weight [out, in], hessian [in, in] -> (int8 codes, float16 scales [out], dequantized float32)."""
+    solved = gptq_batch(weight[None], prepare_hessian(hessian[None], damp), bits, clip_sigmas, block=block)
+    return solved.codes[0], solved.scales[0].half(), solved.dequantized()[0]
+
+
+def quantize_rtn(weight: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Round to nearest with SDClip; results as `gptq`'s."""
+    solved = gptq_batch(weight[None], None, bits, clip_sigmas)
+    return solved.codes[0], solved.scales[0].half(), solved.dequantized()[0]
+
+
+def prune_mask(weight: Tensor, fraction: float) -> Tensor:
+    """bool like `weight` [out, in]: False for the `fraction` of smallest magnitude."""
+    count = int(fraction * weight.numel())
+    keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    if count:
+        keep[weight.abs().flatten().argsort(stable=True)[:count]] = False
+    return keep.view_as(weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hadamard rotation of values and output projections
+# ----------------------------------------------------------------------------------------------------------------------
+def hadamard(size: int) -> Tensor:
+    """Sylvester's symmetric orthogonal matrix H = Hᵀ = H⁻¹, float64 [size, size]; size a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(size)
+
+
+@torch.no_grad()
+def rotate_values(model: GPT) -> list[str]:
+    """Rotate V and O of every attention layer in place; the network's function is unchanged. -> what was skipped, and why.
+
+    v ← R v in each KV head and W_o ← W_o R for the query heads that read it. Rotation spreads outliers over the head, so that a row's
+    grid is not stretched by one of them. What lies between commutes with it: attention averages values, XSA projects on v̂
+    of the same KV head (lengths and angles are kept), the output gate is a scalar a head, a sink's value is zero. The value embedding
+    is added to v, so that its projection turns along, once for all layers that share it.
+    """
+    skipped, ve_turned = [], False
+    for name, module in model.named_modules():
+        if not hasattr(module, "mixer"):
+            continue
+        mixer = module.mixer
+        if not isinstance(mixer, CausalAttention):
+            skipped.append(f"{name} is {mixer.title}")
+        elif mixer.head_dim & (mixer.head_dim - 1):
+            skipped.append(f"{name}: head dim {mixer.head_dim} is no power of two")
+    turned = set()
+    for module in model.modules():
+        if not isinstance(module, CausalAttention) or module.head_dim & (module.head_dim - 1) or module in turned:
+            continue
+        turned.add(module)  # a mixer shared by several blocks turns once
+        rotation = hadamard(module.head_dim).to(module.c_v.weight.device)
+        linears = [module.c_v]
+        if module.ve_scale is not None and not ve_turned:
+            linears.append(model.value_embed.proj)
+            ve_turned = True
+        for linear in linears:
+            heads = linear.weight.double().unflatten(0, (module.kv_heads, module.head_dim))
+            linear.weight.copy_(torch.einsum("de,kec->kdc", rotation, heads).flatten(0, 1))
+        out = module.proj.weight.double().unflatten(1, (module.heads, module.head_dim))
+        module.proj.weight.copy_((out @ rotation).flatten(1))
+    return skipped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calibration: Hessians of every linear layer's inputs, from training tokens
+# ----------------------------------------------------------------------------------------------------------------------
+CALIBRATION_SEQUENCES = 8  # a batch
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """float32 matrix products on CUDA at "highest" (float32) or "high" (TF32) inside this context."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class HessianObserver:
+    """Accumulates H = Σ x xᵀ in float32 for each `Linear` (pre-hook) and for the tied head (hook on `final_norm`).
+
+    Layers that run several times (depth recurrence, shared weights) add up all their calls. Layers that read the very same tensor (q, k
+    and v; parallel residuals) share one product. On CUDA the inputs are bfloat16: TF32 holds those exactly and accumulates in
+    float32, so that the fast path loses nothing.
+    """
+
+    def __init__(self, model: GPT):
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
+        self._source = self._gram = None
+        self._handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                key = f"{name}.weight"
+                self._prepare(key, module.weight)
+                self._handles.append(module.register_forward_pre_hook(functools.partial(self._before_linear, key)))
+        self._prepare("tok_emb.weight", model.tok_emb.weight)
+        self._handles.append(model.final_norm.register_forward_hook(self._after_norm))
+
+    def _prepare(self, key: str, weight: Tensor) -> None:
+        self.sums[key] = torch.zeros(weight.size(1), weight.size(1), device=weight.device)
+        self.counts[key] = 0.0
+
+    def _before_linear(self, key: str, _module, inputs) -> None:
+        self._add(key, inputs[0])
+
+    def _after_norm(self, _module, _inputs, output) -> None:
+        self._add("tok_emb.weight", output)
+
+    @torch.no_grad()
+    def _add(self, key: str, x: Tensor) -> None:
+        if x is not self._source:
+            flat = x.detach().flatten(0, -2)
+            with matmul_precision("high" if flat.dtype != torch.float32 else "highest"):
+                flat = flat.float()
+                self._gram, self._source = flat.T @ flat, x
+        self.sums[key] += self._gram
+        self.counts[key] += x.numel() // x.size(-1)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._source = self._gram = None
+
+    def reduce(self, ctx: RunContext) -> dict[str, Tensor]:
+        """Mean x xᵀ over the positions that all ranks saw. A sum over rank 0's alone would calibrate on a fraction of the data."""
+        counts = torch.tensor([self.counts[key] for key in self.sums], dtype=torch.float64)
+        ctx.all_reduce_sum(counts)
+        for total, count in zip(self.sums.values(), counts.tolist()):
+            ctx.all_reduce_sum(total)
+            total /= max(count, 1.0)
+        return self.sums
+
+
+def calibration_batches(cfg: Config, ctx: RunContext, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of `count` batches, spread evenly over the training shards. Never validation data."""
+    stream = TokenStream(cfg.data_path, cfg.vocab_size, split="train")
+    assert all(path.name.startswith("fineweb_train_") for path in stream.paths), "calibration reads training shards only"
+    for batch in range(ctx.rank, count, ctx.world_size):
+        stream.position = batch * (stream.total_tokens // count)
+        yield stream.sequences(0, CALIBRATION_SEQUENCES, cfg.train_seq_len, ctx.device)
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, cfg: Config, ctx: RunContext) -> tuple[dict[str, Tensor], float]:
+    """-> (parameter name -> Hessian [in, in], the same on every rank; mean training loss of the calibration batches)."""
+    observer = HessianObserver(model)
+    losses = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+    try:
+        for inputs, targets in calibration_batches(cfg, ctx, cfg.gptq_calibration_batches):
+            losses += torch.stack((model(inputs, targets).double(), losses.new_ones(())))
+    finally:
+        observer.close()
+    hessians = observer.reduce(ctx)
+    for prefix in ("bigram", "value_embed"):
+        # A lookup table's rows reach the network through its projection P alone: ‖δ Pᵀ‖² = δ (PᵀP) δᵀ.
+        module = getattr(model, prefix)
+        if module is not None:
+            hessians[f"{prefix}.table.weight"] = module.proj.weight.T @ module.proj.weight
+    total, batches = ctx.all_reduce_sum(losses).tolist()
+    return hessians, total / batches
+
+
+@torch.no_grad()
+def calibration_loss(model: GPT, cfg: Config, ctx: RunContext, batches: int) -> float:
+    """Mean training loss over `batches` calibration batches, on this rank alone: what search weighs roles by."""
+    alone = RunContext(device=ctx.device)
+    losses = [model(inputs, targets).double() for inputs, targets in calibration_batches(cfg, alone, batches)]
+    return float(torch.stack(losses).mean())
+
+
+def token_counts(cfg: Config, limit: int = 200_000_000) -> np.ndarray:
+    """How often each id occurs in (the first `limit` tokens of) the training shards. int64 [V]."""
+    counts, seen = np.zeros(cfg.vocab_size, dtype=np.int64), 0
+    for path in list_shards(cfg.data_path, "train"):
+        shard = load_shard(path, cfg.vocab_size)
+        counts += np.bincount(shard, minlength=cfg.vocab_size)
+        seen += len(shard)
+        if seen >= limit:
+            break
+    return counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plan: bits and clip of every matrix
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Unit:
+    """A matrix, or some rows of one, that is quantized with one width and clip. `bits` 0: passed through as float16."""
+
+    name: str  # of its record: the parameter's, with @top or @rest where the rows are split
+    param: str
+    role: str
+    weight: Tensor  # float32 [out, in]; any shape where bits is 0
+    bits: int
+    clip_sigmas: float
+    keep: Tensor | None = None  # bool [out, in], False where pruned
+
+    @property
+    def step(self) -> float:
+        """Grid step in units of the row's standard deviation: what bytes and error really depend on."""
+        return self.clip_sigmas / largest_code(self.bits)
+
+
+def role_settings(role: str, cfg: Config) -> tuple[int, float]:
+    """(bits, clip in sigmas) of a role."""
+    if role == "control":
+        return 0, 0.0
+    if role in ("embed", "hash"):
+        return cfg.embed_bits, cfg.embed_clip_sigmas
+    special = {"mlp": cfg.mlp_clip_sigmas, "attn": cfg.attn_clip_sigmas}.get(role, 0.0)
+    return cfg.matrix_bits, special or cfg.matrix_clip_sigmas
+
+
+def parse_override(text: str) -> list[tuple[str, int]]:
+    """`what:bits,…` of BITS_OVERRIDE. Raises UserError."""
+    entries = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        what, colon, bits = part.rpartition(":")
+        if not colon or not what or not bits.isdecimal() or not (2 <= int(bits) <= 8 or int(bits) == 16):
+            raise UserError(f"BITS_OVERRIDE: {part!r} is not name:bits or role:bits with 2 to 8 bits (or 16: float16)")
+        entries.append((what, int(bits)))
+    return entries
+
+
+def _matches(what: str, name: str, role: str) -> bool:
+    stem = name.removesuffix(".weight")
+    return what in (role, f"{role}.{stem.rpartition('.')[2]}") or any(fnmatch.fnmatchcase(candidate, what) for candidate in (name, stem))
+
+
+def make_units(model: GPT, cfg: Config, counts: np.ndarray | None = None) -> tuple[list[Unit], dict[str, np.ndarray]]:
+    """-> (units in packing order, parameter name -> bool [out]: rows in its "@top" unit). `counts`: occurrences of each id."""
+    overrides, used = parse_override(cfg.bits_override), set()
+    units, tops = [], {}
+    for spec in parameter_table(model, cfg):
+        weight = spec.param.detach().float()
+        bits, clip = role_settings(spec.role, cfg)
+        if spec.param.dim() != 2:
+            bits = 0
+        for what, wanted in overrides:
+            if _matches(what, spec.name, spec.role):
+                used.add(what)
+                if spec.param.dim() != 2 and wanted != 16:
+                    raise UserError(f"BITS_OVERRIDE: {spec.name} is no matrix; only 16 (float16) is possible")
+                bits = 0 if wanted == 16 else wanted
+                clip = clip or cfg.matrix_clip_sigmas
+        if spec.role == "embed" and bits and 0 < cfg.embed_split_top < len(weight):
+            assert counts is not None
+            top = np.zeros(len(weight), dtype=bool)
+            top[np.argsort(-counts, kind="stable")[: cfg.embed_split_top]] = True
+            tops[spec.name] = top
+            chosen = torch.from_numpy(top).to(weight.device)
+            units.append(Unit(f"{spec.name}@top", spec.name, spec.role, weight[chosen], bits, clip))
+            units.append(Unit(f"{spec.name}@rest", spec.name, spec.role, weight[~chosen], cfg.embed_split_bits, clip))
+        else:
+            units.append(Unit(spec.name, spec.name, spec.role, weight, bits, clip))
+    if missed := [what for what, _ in overrides if what not in used]:
+        raise UserError(f"BITS_OVERRIDE: {missed[0]!r} is neither a role nor matches a parameter's name")
+    if cfg.prune_fraction:
+        for unit in units:
+            if unit.bits and unit.role != "embed":
+                unit.keep = prune_mask(unit.weight, cfg.prune_fraction)
+    # Alike tensors side by side: the range coder's statistics carry over from one to the next.
+    units.sort(key=lambda unit: (unit.role, re.sub(r"\d+", "", unit.name)))  # stable: layers stay in order
+    return units, tops
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Solving and records
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Solution:
+    """One unit's symbols, on the CPU, with the errors that judge them: tr(δ H δᵀ), and tr(W H Wᵀ) to compare with."""
+
+    codes: np.ndarray  # int8 [out, in]
+    scales: np.ndarray  # float16 [out]
+    error: float
+    rtn_error: float
+    power: float
+
+
+MAX_BATCH_ELEMENTS = 1 << 26  # weights a GPTQ batch: bounds its working memory at about 1.5 GB
+
+
+class Solver:
+    """Quantizes units; keeps what depends on the Hessians alone, so that a search pays for it once."""
+
+    def __init__(self, hessians: dict[str, Tensor], cfg: Config):
+        self.cfg = cfg
+        self.hessians = hessians if cfg.quant_method == "gptq" else {}
+        self.reference = hessians  # RTN's errors are weighed by the same Hessians
+        self.prepared: dict[str, Prepared] = {}
+
+    @torch.no_grad()
+    def solve(self, units: list[Unit]) -> dict[str, Solution]:
+        """Unit name -> solution, for the units that have bits. Same-shaped units are solved as one batch."""
+        groups: dict[tuple, list[Unit]] = {}
+        for unit in units:
+            if unit.bits:
+                size = max(1, unit.weight.numel())
+                key = (tuple(unit.weight.shape), unit.bits, unit.param in self.hessians, unit.keep is None)
+                group = groups.setdefault(key, [])
+                while len(group) * size >= MAX_BATCH_ELEMENTS:
+                    key += (0,)
+                    group = groups.setdefault(key, [])
+                group.append(unit)
+        solutions = {}
+        with matmul_precision("highest"):  # TF32 would round the compensation that GPTQ is about
+            for group in groups.values():
+                solutions.update(self._solve_group(group))
+        return solutions
+
+    def _solve_group(self, group: list[Unit]) -> dict[str, Solution]:
+        weight = torch.stack([unit.weight for unit in group])
+        clip = torch.tensor([unit.clip_sigmas for unit in group])
+        keep = torch.stack([unit.keep for unit in group]) if group[0].keep is not None else None
+        if group[0].param in self.hessians:
+            for unit in group:
+                if unit.param not in self.prepared:
+                    self.prepared[unit.param] = prepare_hessian(self.hessians[unit.param][None], self.cfg.gptq_damp)
+            prepared = Prepared.stack([self.prepared[unit.param] for unit in group])
+            solved = gptq_batch(weight, prepared, group[0].bits, clip, block=self.cfg.gptq_block_size, keep=keep)
+        else:
+            solved = gptq_batch(weight, None, group[0].bits, clip, keep=keep)
+            if group[0].param in self.reference:
+                hessian = torch.stack([self.reference[unit.param] for unit in group])
+                solved.error = solved.rtn_error = weighted_error(solved.dequantized() - weight, hessian)
+                solved.power = weighted_error(weight, hessian)
+        codes, scales = solved.codes.cpu().numpy(), solved.scales.half().cpu().numpy()
+        numbers = torch.stack((solved.error, solved.rtn_error, solved.power), 1).tolist()
+        return {unit.name: Solution(codes[i], scales[i], *numbers[i]) for i, unit in enumerate(group)}
+
+
+LQER_BITS, LQER_CLIP = 4, 3.0  # near the least squared error of a 4-bit grid for a Gaussian
+
+
+def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: dict[str, Tensor], cfg: Config) -> list[Record]:
+    """LQER (Zhang et al. 2024, arXiv:2402.02446): rank-r factors of the error of the `lqer_top` worst units.
+
+    E = W − Q is weighed by the inputs' root mean square before its SVD, so that the rank goes where activations are large. The
+    left factor is stored transposed: a scale for each of r components, not for each row of r numbers.
+    """
+    worst = sorted((u for u in units if u.bits and u.param in hessians), key=lambda u: -solutions[u.name].error)[: cfg.lqer_top]
+    records = []
+    for unit in worst:
+        solution = solutions[unit.name]
+        rank = min(cfg.lqer_rank, *unit.weight.shape)
+        device = unit.weight.device
+        quantized = torch.from_numpy(solution.codes).to(device).float() * torch.from_numpy(solution.scales).to(device).float()[:, None]
+        root = hessians[unit.param].diagonal().clamp(min=1e-12).sqrt()
+        left, values, right = torch.linalg.svd((unit.weight - quantized) * root, full_matrices=False)
+        a = left[:, :rank] * values[:rank].sqrt()
+        b = values[:rank, None].sqrt() * right[:rank] / root
+        for suffix, factor in (("a", a.T.contiguous()), ("b", b)):
+            codes, scales, _ = quantize_rtn(factor, LQER_BITS, LQER_CLIP)
+            records.append(Record(f"{unit.name}@lqer_{suffix}", "codes", codes.cpu().numpy(), LQER_BITS, scales.cpu().numpy()))
+    return records
+
+
+def make_records(
+    units: list[Unit],
+    solutions: dict[str, Solution],
+    tops: Mapping[str, np.ndarray],
+    hessians: dict[str, Tensor],
+    cfg: Config,
+) -> list[Record]:
+    """Everything the artifact stores, in packing order."""
+    records = []
+    for unit in units:
+        if unit.bits:
+            solution = solutions[unit.name]
+            records.append(Record(unit.name, "codes", solution.codes, unit.bits, solution.scales))
+        else:
+            value = unit.weight.half()
+            if not torch.isfinite(value).all():
+                raise UserError(f"{unit.name} holds values that float16 cannot")
+            records.append(Record(unit.name, "half", value.cpu().numpy()))
+    for name, top in tops.items():
+        records.append(Record(f"{name}@rows", "bytes", np.packbits(top)))
+    if cfg.lqer_rank:
+        records += lqer_records(units, solutions, hessians, cfg)
+    return records
+
+
+def dequantize(record: Record) -> Tensor:
+    """float32 values of a record: one product a weight, so that every machine gets the same bits."""
+    if record.kind == "codes":
+        return torch.from_numpy(record.data).float() * torch.from_numpy(record.scales).float()[:, None]
+    return torch.from_numpy(record.data).float()
+
+
+def restore_weights(records: list[Record], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Records -> float32 weights on the CPU, one for each entry of `shapes`. Raises UserError where they do not fit together."""
+    left = {record.name: record for record in records}
+
+    def take(name: str) -> Tensor | None:
+        record = left.pop(name, None)
+        if record is None or record.kind == "bytes":
+            return None
+        value = dequantize(record)
+        correction = [left.pop(f"{name}@lqer_{suffix}", None) for suffix in "ab"]
+        if all(correction):
+            a, b = map(dequantize, correction)
+            if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or (a.size(1), b.size(1)) != tuple(value.shape):
+                raise UserError(f"{name}: its low-rank correction has another shape")
+            value = value + a.T @ b
+        return value
+
+    weights = {}
+    for name, shape in shapes.items():
+        value = take(name)
+        if value is None:
+            rows, top, rest = left.pop(f"{name}@rows", None), take(f"{name}@top"), take(f"{name}@rest")
+            if rows is None or rows.kind != "bytes" or top is None or rest is None:
+                raise UserError(f"{name} is missing")
+            chosen = torch.from_numpy(np.unpackbits(rows.data)).bool()
+            count = len(top) + len(rest)
+            if not 0 <= len(chosen) - count < 8 or int(chosen.sum()) != len(top) or top.shape[1:] != rest.shape[1:]:
+                raise UserError(f"{name}: the parts of its split do not fit together")
+            value = torch.empty(count, *top.shape[1:])
+            value[chosen[:count]], value[~chosen[:count]] = top, rest
+        if tuple(value.shape) != tuple(shape):
+            raise UserError(f"{name} is {list(value.shape)} in the file, {list(shape)} in the model")
+        weights[name] = value
+    if left:
+        raise UserError(f"{sorted(left)[0]} belongs to no parameter of this model")
+    return weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Artifact: writing and loading
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Artifact:
+    """A model as its artifact restores it. `meta`: the header's facts (looping, steps, train_seconds, …)."""
+
+    model: GPT
+    cfg: Config
+    meta: dict
+    bytes_model: int
+
+
+def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, without allocating any. Raises UserError for a configuration that makes no model."""
+    if len(cfg.pattern) > 1024:
+        raise UserError(f"LAYER_PATTERN has {len(cfg.pattern)} layers")
+    try:
+        with torch.device("meta"):
+            return {name: tuple(param.shape) for name, param in GPT(cfg).named_parameters()}
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"this configuration makes no model: {error}") from None
+
+
+def load_artifact(path: str | Path, device: torch.device | str = "cpu", check_tokenizer: bool = True) -> Artifact:
+    """Read an artifact, its settings overridden by the environment's (model settings may not differ).
+
+    Raises UserError for a file that is missing, damaged, of a newer version, or of another tokenizer than TOKENIZER_PATH's.
+    Parameter shapes are checked against the configuration before anything of their size is allocated.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    header, payload = packing.read_header(data, str(path))
+    meta = {key: value for key, value in header.items() if key not in ("tensors", "streams")}
+    if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("looping"), bool):
+        raise UserError(f"{path}: its header lacks the configuration")
+    cfg = resolve_config(os.environ, base=meta["config"])
+    try:
+        shapes = parameter_shapes(cfg)
+        packing.check_plan(header.get("tensors"), max_elements=4 * sum(map(math.prod, shapes.values())) + (1 << 20))
+        weights = restore_weights(packing.decode_records(header["tensors"], header.get("streams"), payload), shapes)
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    if check_tokenizer:
+        load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+        if tokenizer_hash(cfg.tokenizer_path) != meta.get("tokenizer_sha256"):
+            raise UserError(f"{path} was made with another tokenizer than TOKENIZER_PATH={cfg.tokenizer_path}")
+    model = build_model(cfg, device)
+    load_weights(model, weights)
+    model.looping = meta["looping"]
+    return Artifact(model.eval(), cfg, meta, len(data))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantizer: a calibrated run, ready to be packed under any plan
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Packed:
+    """One way to quantize the run, and what it costs."""
+
+    units: list[Unit]
+    solutions: dict[str, Solution]
+    records: list[Record]
+    data: bytes  # the artifact
+
+    def role_errors(self) -> dict[str, dict]:
+        """Per role: weights, widths, clips, relative Hessian-weighted errors, and the entropy of its symbols in bytes."""
+        roles: dict[str, dict] = {}
+        for unit in self.units:
+            role = roles.setdefault(unit.role, {"weights": 0, "bits": set(), "clips": set(), "bytes": 0.0})
+            role["weights"] += unit.weight.numel()
+            role["bits"].add(unit.bits or 16)
+            if not unit.bits:
+                role["bytes"] += 2 * unit.weight.numel()
+                continue
+            role["clips"].add(round(unit.clip_sigmas, 2))
+            solution = self.solutions[unit.name]
+            role["bytes"] += entropy_bytes(solution.codes) + 2 * len(solution.codes)
+            role.setdefault("matrices", []).append(solution)
+        for role in roles.values():
+            matrices = role.pop("matrices", [])
+            # The mean over matrices of each one's relative error: their outputs enter the residual stream on equal terms.
+            for name in ("error", "rtn_error"):
+                role[name] = float(np.mean([getattr(s, name) / max(s.power, 1e-30) for s in matrices])) if matrices else 0.0
+            role["bits"], role["clips"] = sorted(role["bits"]), sorted(role["clips"])
+        return roles
+
+
+def entropy_bytes(codes: np.ndarray) -> float:
+    """Order-0 entropy of a matrix's symbols, in bytes."""
+    counts = np.bincount(codes.ravel().astype(np.int16) + 128)
+    counts = counts[counts > 0]
+    return float((counts * -np.log2(counts / counts.sum())).sum() / 8) if len(counts) else 0.0
+
+
+class Quantizer:
+    """A trained model with its Hessians. `pack` quantizes it under any settings that leave rotation and calibration as they are.
+
+    Every rank takes part in calibration; solving and packing are rank 0's alone.
+    """
+
+    def __init__(self, run_dir: Path, cfg: Config, ctx: RunContext):
+        config, weights, meta = load_run(run_dir)
+        self.cfg, self.ctx, self.meta = cfg, ctx, meta
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise UserError(f"{name} is not finite: the run diverged, there is nothing to quantize")
+        load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+        if tokenizer_hash(cfg.tokenizer_path) != meta["tokenizer_sha256"]:
+            raise UserError(f"{run_dir} was trained with another tokenizer than TOKENIZER_PATH={cfg.tokenizer_path}")
+        self.model = build_model(cfg, ctx.device)
+        load_weights(self.model, weights)
+        self.model.looping = bool(meta["looping"])
+        self.model.eval()
+        self.seconds = {"calibration": 0.0, "solving": 0.0, "packing": 0.0}
+        self.skipped_rotations: list[str] = rotate_values(self.model) if cfg.hadamard_vo else []
+        self.counts = token_counts(cfg) if cfg.embed_split_top else None
+
+    @contextlib.contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[phase] += time.perf_counter() - began
+
+    def calibrate(self) -> None:
+        """Hessians. Their time is training time: training data is read."""
+        with self.clock("calibration"):
+            self.hessians, self.float_loss = collect_hessians(self.model, self.cfg, self.ctx)
+
+    def units(self, cfg: Config | None = None) -> tuple[list[Unit], dict[str, np.ndarray]]:
+        return make_units(self.model, cfg or self.cfg, self.counts)
+
+    def header(self, cfg: Config) -> dict:
+        calibration = round(self.seconds["calibration"], 3)
+        kept = ("looping", "steps", "tokens", "world_size", "device", "torch", "tokenizer_sha256")
+        header = {key: self.meta[key] for key in kept if key in self.meta}
+        header.update(
+            config=cfg.to_dict(), calibration_seconds=calibration, train_seconds=round(self.meta["train_seconds"] + calibration, 3)
+        )
+        return header
+
+    def pack(self, units: list[Unit], tops: Mapping[str, np.ndarray], cfg: Config | None = None) -> Packed:
+        """Solve and pack. `cfg` may differ from the quantizer's in quantization settings."""
+        cfg = cfg or self.cfg
+        with self.clock("solving"):
+            solver = self._solver(cfg)
+            solutions = solver.solve(units)
+            records = make_records(units, solutions, tops, self.hessians, cfg)
+        with self.clock("packing"):
+            data = packing.pack_artifact(self.header(cfg), records, cfg.compressor)
+        return Packed(units, solutions, records, data)
+
+    def _solver(self, cfg: Config) -> Solver:
+        solver = Solver(self.hessians, cfg)
+        solver.prepared = self.__dict__.setdefault(f"_prepared_{cfg.gptq_damp}", {})
+        return solver
+
+    @contextlib.contextmanager
+    def weights_replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model holds some other weights inside this context."""
+        params = dict(self.model.named_parameters())
+        kept = {name: params[name].detach().clone() for name in weights}
+        with torch.no_grad():
+            try:
+                for name, value in weights.items():
+                    params[name].copy_(value)
+                yield
+            finally:
+                for name, value in kept.items():
+                    params[name].copy_(value)
+
+    def sensitivities(self, packed: Packed, batches: int) -> dict[str, float]:
+        """Role -> rise of the training loss (nats) when that role alone is quantized, on `batches` calibration batches."""
+        shapes = {name: tuple(param.shape) for name, param in self.model.named_parameters()}
+        weights = restore_weights(packed.records, shapes)
+        rises = {}
+        with self.clock("calibration"):  # reads training data: counts as training time
+            base = calibration_loss(self.model, self.cfg, self.ctx, batches)
+            for role in sorted({unit.role for unit in packed.units if unit.bits}):
+                chosen = {unit.param: weights[unit.param] for unit in packed.units if unit.role == role}
+                with self.weights_replaced(chosen):
+                    rises[role] = calibration_loss(self.model, self.cfg, self.ctx, batches) - base
+        return rises
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Search for a target size
+# ----------------------------------------------------------------------------------------------------------------------
+# At these resolutions a symbol's entropy is h − log2(step) and its squared error is proportional to step². Bytes are
+# therefore almost linear in log2(step), which a secant finds in a few trials; and for a given total, Σ c_r x_r² is least under
+# Σ n_r log2 x_r = const at x_r² ∝ n_r / c_r, with c_r the loss that role r costs at its default step and n_r its weights.
+SEARCH_TRIALS = 12
+SEARCH_SENSITIVITY_BATCHES = 8
+CLIP_LEAST = 8.0  # below, clipping costs more than the finer grid gains; more bits take over
+STEP_MOST = 2.0  # the whole plan's coarsest multiple of its default steps; beyond, single tensors lose a bit
+RATIO_LIMITS = (0.6, 1.7)  # of one role's steps against the others'
+LANDING = (2_000, 20_000)  # wanted distance below the target: aimed at, tolerated
+
+
+def with_step(unit: Unit, multiple: float, dropped: int = 0) -> Unit:
+    """The unit on a grid `multiple` times as coarse, and twice as coarse again for each bit dropped."""
+    bits, clip, least = unit.bits - dropped, unit.clip_sigmas * multiple, min(CLIP_LEAST, unit.clip_sigmas)
+    while clip < least and bits < 8:
+        clip *= largest_code(bits + 1) / largest_code(bits)
+        bits += 1
+    return dataclasses.replace(unit, bits=bits, clip_sigmas=max(clip, least))
+
+
+def balance_roles(rises: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:
+    """Step multiples by role that leave the bytes as they are and cost the least loss (see above)."""
+    floor = max(1e-6, 0.02 * sum(max(rise, 0.0) for rise in rises.values()))  # measured rises are noisy, and may be negative
+    raw = {role: 0.5 * math.log2(weights[role] / max(rise, floor)) for role, rise in rises.items()}
+    total = sum(weights[role] for role in raw)
+    for _ in range(20):  # clipping moves the mean: recentre what is free
+        mean = sum(weights[role] * value for role, value in raw.items()) / total
+        low, high = (math.log2(limit) for limit in RATIO_LIMITS)
+        raw = {role: min(high, max(low, value - mean)) for role, value in raw.items()}
+    return {role: 2.0**value for role, value in raw.items()}
+
+
+def search_target(quantizer: Quantizer, target: int, seconds: float, log) -> tuple[Packed, dict]:
+    """The plan whose artifact plus code lands just under `target` bytes; -> (packed, report).
+
+    Dials: one multiple of all steps, a ratio by role from measured sensitivities, and bits off the least sensitive tensors where the
+    multiple reaches STEP_MOST. A trial is a full solve and pack, so that the bytes are real. Bounded by SEARCH_TRIALS and
+    `seconds`. Raises UserError where nothing tried fits.
+    """
+    began, code = time.perf_counter(), code_bytes()
+    base, tops = quantizer.units()
+    coded = [unit for unit in base if unit.bits]
+    first = quantizer.pack(base, tops)
+    rises = quantizer.sensitivities(first, min(SEARCH_SENSITIVITY_BATCHES, quantizer.cfg.gptq_calibration_batches))
+    sizes = {role: sum(unit.weight.numel() for unit in coded if unit.role == role) for role in rises}
+    ratios = balance_roles(rises, sizes)
+    log("search: training loss rises by role " + " ".join(f"{role} {rise:+.5f}" for role, rise in rises.items()))
+    log("search: step ratios " + " ".join(f"{role} {ratio:.2f}" for role, ratio in ratios.items()))
+    dropped: dict[str, int] = {}
+    trials: list[tuple[float, int, Packed, float]] = []
+
+    def cost(packed: Packed) -> float:
+        """Predicted rise of the loss: each role's, scaled by how its weighted error changed."""
+        before, after = first.role_errors(), packed.role_errors()
+        return sum(max(rise, 0.0) * after[role]["error"] / max(before[role]["error"], 1e-30) for role, rise in rises.items())
+
+    def attempt(level: float) -> int:
+        """Total bytes at 2^level times the default steps."""
+        units = [with_step(u, 2.0**level * ratios[u.role], dropped.get(u.name, 0)) if u.bits else u for u in base]
+        packed = quantizer.pack(units, tops)
+        total = len(packed.data) + code
+        trials.append((level, total, packed, cost(packed)))
+        log(f"search: step x{2.0**level:.4f} -> {total:,} bytes ({total - target:+,} of target), predicted loss {trials[-1][3]:+.5f}")
+        return total
+
+    def fits() -> list[tuple]:
+        return [trial for trial in trials if trial[1] <= target]
+
+    def out_of_time() -> bool:
+        return len(trials) >= SEARCH_TRIALS or (time.perf_counter() - began > seconds and bool(fits()))
+
+    slope = sum(unit.weight.numel() for unit in coded) / 8  # bytes an octave of the step
+    finest = math.log2(min(CLIP_LEAST / largest_code(8) / unit.step / ratios[unit.role] for unit in coded)) if coded else 0.0
+    finest, coarsest = min(finest, 0.0), math.log2(STEP_MOST)
+    aim, level = target - LANDING[0], 0.0
+    above: tuple[float, int] | None = None  # (level, total) over the target, and under it
+    below: tuple[float, int] | None = None
+    note = ""
+    while not out_of_time():
+        total = attempt(level)
+        if target - 3 * LANDING[0] <= total <= target or (total >= target - LANDING[1] and total <= target and len(trials) > 5):
+            break
+        if total > target:
+            above = (level, total)
+            if level >= coarsest:  # the multiple is exhausted: take bits from the tensors that mind least
+                if not _drop_bits(coded, trials[-1][2], dropped, total - aim):
+                    break
+                above = below = None
+                level = coarsest - 0.1
+                continue
+        else:
+            below = (level, total)
+            if level <= finest:
+                note = f"even the finest grid (8 bits, k={CLIP_LEAST:g}) leaves {target - total:,} bytes unused"
+                break
+        if above and below:
+            share = (above[1] - aim) / max(above[1] - below[1], 1)
+            level = above[0] + (below[0] - above[0]) * min(0.95, max(0.05, share))
+        else:
+            level = min(coarsest, max(finest, level + (total - aim) / slope))
+    if not fits():
+        least = min(trial[1] for trial in trials)
+        raise UserError(f"TARGET_BYTES={target}: the smallest plan tried takes {least} bytes, {code} of them code")
+    level, total, packed, predicted = min(fits(), key=lambda trial: (trial[3], -trial[1]))
+    if target - total > LANDING[1] and not note:
+        note = f"stopped {target - total:,} bytes short of the target after {len(trials)} trials"
+    before, after = first.role_errors(), packed.role_errors()
+    report = {
+        "target": target,
+        "total": total,
+        "step_multiple": 2.0**level,
+        "role_ratios": ratios,
+        "loss_rise_by_role": rises,
+        "bits_dropped": dropped,
+        "weighted_error": {role: [before[role]["error"], after[role]["error"]] for role in rises},
+        "predicted_loss_rise": [sum(max(rise, 0.0) for rise in rises.values()), predicted],
+        "trials": [{"step_multiple": 2.0 ** trial[0], "total": trial[1], "predicted": trial[3]} for trial in trials],
+        "seconds": time.perf_counter() - began,
+        "note": note,
+    }
+    return packed, report
+
+
+def _drop_bits(coded: list[Unit], packed: Packed, dropped: dict[str, int], excess: int) -> bool:
+    """Mark units to lose a bit, least added error a byte first, until about `excess` bytes are saved. False: nothing left to take."""
+    current = {unit.name: unit for unit in packed.units}
+
+    def price(unit: Unit) -> float:
+        solution = packed.solutions[unit.name]
+        return solution.error / max(solution.power, 1e-30) / unit.weight.numel()  # half the step's bits quadruple each alike
+
+    saved = 0.0
+    for unit in sorted(coded, key=price):
+        if saved >= excess:
+            break
+        if current[unit.name].bits > 2:
+            dropped[unit.name] = dropped.get(unit.name, 0) + 1
+            saved += unit.weight.numel() / 8
+    return saved > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Code: what a submission has to carry beside the artifact
+# ----------------------------------------------------------------------------------------------------------------------
+# The script is a zip archive behind a comment: Python runs such a file as it is, on any platform, under torchrun too, and the payload
+# stays raw LZMA (base85 in a string would add a quarter). It unpacks into a temporary folder, because compiled kernels need
+# source files that exist, and runs eval_ttt.py on the artifact beside it unless told otherwise.
+SCRIPT_NAME = "evaluate.py"
+_SCRIPT_HEAD = b"#!/usr/bin/env python3\n# Self-extracting: Python runs this zip archive as it is; `unzip` shows what is inside.\n"
+_SCRIPT_MAIN = """\
+import json, lzma, os, runpy, sys, tempfile, zipfile
+script = os.path.dirname(os.path.abspath(__file__))
+with tempfile.TemporaryDirectory() as folder:
+    sources = json.loads(lzma.decompress(zipfile.ZipFile(script).read("code")))
+    for name, text in {**sources, ".bundle": script}.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+    sys.path.insert(0, folder)
+    if len(sys.argv) == 1:
+        sys.argv.append(os.path.join(os.path.dirname(script), "artifact.bin"))
+    runpy.run_module("ENTRY", run_name="__main__", alter_sys=True)
+"""
+
+
+def evaluation_modules() -> list[Path]:
+    """The source files beside this one that evaluation imports, itself included, found by following import statements."""
+    root = Path(__file__).resolve().parent
+    entry = "eval_ttt" if (root / "eval_ttt.py").is_file() else "quantize"
+    found, queue = [], [entry]
+    while queue:
+        path = root / f"{queue.pop(0)}.py"
+        if path in found or not path.is_file():
+            continue
+        found.append(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                queue += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                queue.append(node.module)
+    return found
+
+
+def strip_source(text: str) -> str:
+    """Python source without comments, blank lines and the docstrings of functions and classes; otherwise letter for letter.
+
+    Module docstrings stay: they are what --help shows. Works on tokens and line ranges, not on a reprinted syntax tree, so that the
+    result is the same under every Python version. If it does not parse to the same program, the source is returned as it is.
+    """
+    lines = text.splitlines(keepends=True)
+    tree = ast.parse(text)
+    inside: set[int] = set()  # lines that begin within a string
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip() + "\n"
+        elif token.end[0] > token.start[0] and token.type not in (tokenize.NEWLINE, tokenize.NL):
+            inside.update(range(token.start[0] + 1, token.end[0] + 1))
+    docstrings: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]
+            if len(node.body) > 1 and first.lineno > node.lineno and node.body[1].lineno > first.end_lineno:
+                docstrings.update(range(first.lineno, first.end_lineno + 1))
+                del node.body[0]
+    kept = [line for number, line in enumerate(lines, 1) if number not in docstrings and (number in inside or line.strip())]
+    stripped = "".join(kept)
+    return stripped if ast.dump(ast.parse(stripped)) == ast.dump(tree) else text
+
+
+def code_script() -> bytes:
+    """The self-extracting evaluation script; the same bytes for the same sources."""
+    modules = evaluation_modules()
+    sources = {path.name: strip_source(path.read_text(encoding="utf-8")) for path in sorted(modules)}
+    # lc=4: sources are text, whose next letter depends on the last one.
+    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
+    payload = lzma.compress(json.dumps(sources, ensure_ascii=False).encode(), format=lzma.FORMAT_ALONE, filters=filters)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, data in (("__main__.py", _SCRIPT_MAIN.replace("ENTRY", modules[0].stem).encode()), ("code", payload)):
+            file.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
+    return _SCRIPT_HEAD + archive.getvalue()
+
+
+def code_bytes() -> int:
+    """Size of the evaluation code as it would be submitted. From within a submission: the size of the script that is running."""
+    marker = Path(__file__).with_name(".bundle")
+    return Path(marker.read_text(encoding="utf-8")).stat().st_size if marker.is_file() else len(code_script())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+# ----------------------------------------------------------------------------------------------------------------------
+def role_table(roles: Mapping[str, dict]) -> list[str]:
+    """Lines of the table that `python quantize.py` prints."""
+    lines = [f"{'role':<9}{'weights':>12}  {'bits':<7}{'k (sigmas)':<16}{'error GPTQ':>11}{'RTN':>11}{'ratio':>8}{'~bytes':>12}"]
+    for name, role in sorted(roles.items()):
+        clips = ", ".join(f"{clip:g}" for clip in (role["clips"] if len(role["clips"]) < 3 else [role["clips"][0], role["clips"][-1]]))
+        bits = "/".join(map(str, role["bits"]))
+        line = f"{name:<9}{role['weights']:>12,}  {bits:<7}{clips:<16}"
+        if role["rtn_error"]:
+            line += f"{role['error']:>11.3e}{role['rtn_error']:>11.3e}{role['error'] / role['rtn_error']:>8.2f}"
+        else:
+            line += f"{'float16':>11}{'':>19}"
+        lines.append(line + f"{role['bytes']:>12,.0f}")
+    return lines
+
+
+def compare_compressors(records: list[Record], header: dict) -> dict[str, dict]:
+    """Compressor -> bytes of the symbols, of everything, and seconds to pack and to unpack the same records."""
+    result = {}
+    for name in packing.COMPRESSORS:
+        began = time.perf_counter()
+        data = packing.pack_artifact(header, records, name)
+        packed = time.perf_counter()
+        loaded, _ = packing.unpack_artifact(data)
+        symbols = sum(stream["packed"] for stream in loaded["streams"] if stream["name"].startswith("codes"))
+        seconds = {"pack_seconds": packed - began, "unpack_seconds": time.perf_counter() - packed}
+        result[name] = {"symbols": symbols, "total": len(data), **seconds}
+    return result
+
+
+def compare_lines(result: Mapping[str, dict]) -> list[str]:
+    base = result["brotli"]["symbols"]
+    lines = [f"{'compressor':<12}{'symbols':>12}{'vs brotli':>11}{'artifact':>12}{'pack s':>9}{'unpack s':>10}"]
+    for name, row in result.items():
+        change = f"{100 * (row['symbols'] / base - 1):+.2f} %" if base else "-"
+        lines.append(
+            f"{name:<12}{row['symbols']:>12,}{change:>11}{row['total']:>12,}{row['pack_seconds']:>9.2f}{row['unpack_seconds']:>10.2f}"
+        )
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+# ----------------------------------------------------------------------------------------------------------------------
+def open_run(run_dir: Path) -> Config:
+    """The run's settings under the environment's."""
+    config, _, _ = load_run(run_dir)
+    return resolve_config(os.environ, base=config)
+
+
+def quantize_command(run_dir: Path, compare: bool, search_seconds: float) -> None:
+    """`python quantize.py runs/<RUN_ID>`: artifact.bin, evaluate.py and quantize.json in the run's folder."""
+    cfg = open_run(run_dir)
+    ctx = setup_distributed(cfg.device)
+    try:
+        quantizer = Quantizer(run_dir, cfg, ctx)
+        for reason in quantizer.skipped_rotations:
+            ctx.log(f"hadamard: skipped, {reason}")
+        quantizer.calibrate()
+        if ctx.is_main:
+            write_quantized(quantizer, run_dir, compare, search_seconds)
+        ctx.barrier()  # nobody leaves before the artifact is there
+    finally:
+        ctx.close()
+
+
+def write_quantized(quantizer: Quantizer, run_dir: Path, compare: bool, search_seconds: float) -> dict:
+    """Pack (searching, if TARGET_BYTES says so), write, report. -> what quantize.json holds."""
+    cfg, ctx = quantizer.cfg, quantizer.ctx
+    positions = cfg.gptq_calibration_batches * CALIBRATION_SEQUENCES * cfg.train_seq_len
+    ctx.log(f"calibration: {positions:,} training tokens, loss {quantizer.float_loss:.4f}, {quantizer.seconds['calibration']:.1f}s")
+    search = None
+    if cfg.target_bytes:
+        packed, search = search_target(quantizer, cfg.target_bytes, search_seconds, ctx.log)
+        # The search read training data too: the header's seconds grew while it ran.
+        packed.data = packing.pack_artifact(quantizer.header(cfg), packed.records, cfg.compressor)
+    else:
+        packed = quantizer.pack(*quantizer.units())
+    with atomic_write(run_dir / SCRIPT_NAME) as temporary:
+        temporary.write_bytes(code_script())
+    with atomic_write(run_dir / "artifact.bin") as temporary:
+        temporary.write_bytes(packed.data)
+    model_bytes = (run_dir / "artifact.bin").stat().st_size
+    script_bytes = (run_dir / SCRIPT_NAME).stat().st_size
+    total = model_bytes + script_bytes
+    roles = packed.role_errors()
+    header = quantizer.header(cfg)
+    report = {
+        "artifact": str(run_dir / "artifact.bin"),
+        "bytes_model": model_bytes,
+        "bytes_code": script_bytes,
+        "bytes_total": total,
+        "bytes_limit": SIZE_LIMIT_BYTES,
+        "method": cfg.quant_method,
+        "compressor": cfg.compressor,
+        "calibration_loss": quantizer.float_loss,
+        "calibration_tokens": positions,
+        "train_seconds": quantizer.meta["train_seconds"],
+        "train_seconds_with_calibration": header["train_seconds"],
+        "seconds": quantizer.seconds,
+        "roles": roles,
+        "units": [
+            {"name": u.name, "role": u.role, "bits": u.bits or 16, "clip_sigmas": u.clip_sigmas, "shape": list(u.weight.shape)}
+            for u in packed.units
+        ],
+        "search": search,
+    }
+    for line in role_table(roles):
+        ctx.log(line)
+    if compare:
+        report["compressors"] = compare_compressors(packed.records, header)
+        for line in compare_lines(report["compressors"]):
+            ctx.log(line)
+    if search:
+        for line in search_lines(search):
+            ctx.log(line)
+    seconds = quantizer.seconds
+    ctx.log(f"seconds: calibration {seconds['calibration']:.1f}, solving {seconds['solving']:.1f}, packing {seconds['packing']:.1f}")
+    budget = f" of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}" if cfg.max_wallclock_seconds else ""
+    late = " - OVER BUDGET" if 0 < cfg.max_wallclock_seconds < header["train_seconds"] else ""
+    ctx.log(
+        f"training {quantizer.meta['train_seconds']:.1f}s + calibration {seconds['calibration']:.1f}s = "
+        f"{header['train_seconds']:.1f}s{budget}{late}"
+    )
+    verdict = f"{SIZE_LIMIT_BYTES - total:,} to spare" if total <= SIZE_LIMIT_BYTES else f"{total - SIZE_LIMIT_BYTES:,} TOO MANY"
+    ctx.log(f"bytes: model {model_bytes:,} + code {script_bytes:,} = {total:,} of {SIZE_LIMIT_BYTES:,} ({verdict})")
+    ctx.log(f"wrote {run_dir / 'artifact.bin'}")
+    with atomic_write(run_dir / "quantize.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
+    return report
+
+
+def search_lines(search: dict) -> list[str]:
+    """What the search did, for people."""
+    lines = [f"search: {len(search['trials'])} trials, {search['seconds']:.0f}s: all steps x{search['step_multiple']:.3f}, by role "]
+    lines[0] += ", ".join(f"{role} x{ratio:.2f}" for role, ratio in search["role_ratios"].items())
+    if search["bits_dropped"]:
+        lines.append("search: bits taken from " + ", ".join(f"{name} -{n}" for name, n in search["bits_dropped"].items()))
+    for role, (before, after) in search["weighted_error"].items():
+        lines.append(f"search: {role} Hessian-weighted error {before:.3e} -> {after:.3e}")
+    before, after = search["predicted_loss_rise"]
+    lines.append(f"search: predicted rise of the loss {before:.5f} -> {after:.5f} nats; total {search['total']:,} of {search['target']:,}")
+    return lines + ([f"search: {search['note']}"] if search["note"] else [])
+
+
+USAGE = """usage: quantize.py [-h] [--compare] [--search-seconds S] runs/<RUN_ID>
+       quantize.py table runs/<RUN_ID> [--variants a,b,...]
+       quantize.py bundle runs/<RUN_ID> --out FOLDER [--author A --github-id G --name N --track T]"""
+
+
+def main() -> int:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (see python quantize.py --help)")
+
+    arguments = sys.argv[1:]
+    command = arguments.pop(0) if arguments and arguments[0] in ("table", "bundle") else "quantize"
+    parser = Parser(usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    if command == "quantize":
+        parser.add_argument("--compare", action="store_true", help="also show the size under every compressor")
+        parser.add_argument("--search-seconds", type=float, default=300.0, help="time limit of the TARGET_BYTES search")
+    options = parser.parse_args(arguments)
+    if command == "quantize":
+        quantize_command(options.run, options.compare, options.search_seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
