@@ -403,6 +403,7 @@ class ExpertMixture:
         untouched = ("model",) if self.transforms else ()
         self.members = ("neural", *untouched, *[name for name in MEMBERS if name in config.names])
         self.history = NgramHistory(vocab_size, config.max_order, config.max_contexts, device=device)
+        self.updates = 0
         self.num_bins = (max(ORDER_GROUPS) + 1) * 3 * (len(ENTROPY_EDGES) + 1) * 4
         self.mixer = self._make_mixer(len(self.members))
         # What one member alone would gain: a two-member mixture of the same kind, neural + it.
@@ -460,7 +461,9 @@ class ExpertMixture:
             seen = torch.bincount(targets, minlength=self.vocab_size)[: self.vocab_size]
             self.empirical.mul_(decay).add_(seen)
             self.predicted.mul_(decay).add_(mass)
-        self.history.update(contexts, targets)
+        if self.config.names:
+            self.history.update(contexts, targets)
+        self.updates += 1
 
     def _learn_tilt(self, contexts: Tensor, targets: Tensor, tilt_bin: Tensor, hint_prob: Tensor) -> None:
         """One online Newton step on each bin's beta: d(nll)/d(beta) = p(h) - [target is h], curvature p(h)(1 - p(h)).
@@ -493,12 +496,13 @@ class Prediction:
     def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor):
         config, history = mixture.config, mixture.history
         self.mixture = mixture
-        self.scored_before = history.tokens
+        self.updates_before = mixture.updates
         self.nodes = history.nodes(contexts)
         log_p = logits.float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         ladder = [log_p]
 
+        self.entropy = entropy
         hint, hint_count, hint_length = mixture._hint(self.nodes)
         self.tilt_bin = hint_length * 5 + torch.bucketize(hint_count, hint_count.new_tensor((2, 4, 8, 16)), right=True)
         for name in mixture.transforms:
@@ -542,7 +546,7 @@ class Prediction:
         columns = {"neural": neural, "entropy": (1 - flatten) * neural + flatten / mixture.vocab_size}
         if "model" in mixture.members:
             columns["model"] = self.ladder[0][rows].gather(1, candidates).exp()
-        if mixture.history.tokens != self.scored_before:
+        if mixture.updates != self.updates_before:
             raise RuntimeError("a prediction was asked for probabilities after its block had been counted")
         if set(mixture.members) & {"ngram", "cache", "unigram", "bigram", "trigram"}:
             slices = mixture.history.probs(self.nodes[rows], candidates, config.smoothing)

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from experts import (
-    EXPERTS, MIXERS, ContextMixer, ExpertConfig, ExpertMixture, HedgeMixer, InvalidTargetKeyedCache, KeyIndex, NgramHistory,
-    context_rows, order_adaptive_alpha,
+    EXPERTS,
+    MIXERS,
+    ContextMixer,
+    ExpertConfig,
+    ExpertMixture,
+    HedgeMixer,
+    InvalidTargetKeyedCache,
+    KeyIndex,
+    NgramHistory,
+    context_rows,
+    order_adaptive_alpha,
 )
 
 

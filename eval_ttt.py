@@ -1,0 +1,747 @@
+"""Evaluate an artifact: sliding windows, then score-first test-time training (TTT) with experts, and an audit of the score.
+
+    python eval_ttt.py runs/<RUN_ID>/artifact.bin                        one device
+    torchrun --standalone --nproc_per_node=8 eval_ttt.py ARTIFACT        any number of ranks, the same result
+    TTT_LR=0.01 TTT_PARAMS=mlp python eval_ttt.py ARTIFACT               every setting is an environment variable
+    EXPERTS=tilt,ngram python eval_ttt.py ARTIFACT --audit               with experts, checked against the four conditions
+
+Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json beside the artifact.
+
+The text is read once from left to right, in chunks. A chunk is scored whole, by sliding windows, with the weights as they are; only
+then do the weights train on it, and the next chunk is scored with the result. Experts (experts.py) do the same in smaller
+blocks inside the chunk: score a block, then count it. Whatever sees a target goes through the ledger (audit.py), so that the order of
+events of the very evaluation that is reported can be checked afterwards.
+
+`val_loss` and `val_bpb` in eval.json are of the last stage that is switched on, chosen by the configuration before anything is
+scored: TTT and experts if enabled, else the plain sliding pass. Target i is tokens[i + 1].
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import audit as auditing
+from audit import Ledger, Trace
+from experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
+from quantize import Artifact, code_bytes, load_artifact
+from train_gpt import (
+    BOS_ID,
+    GPT,
+    SIZE_LIMIT_BYTES,
+    ByteTable,
+    Config,
+    HashEmbedding,
+    Linear,
+    RunContext,
+    UserError,
+    atomic_write,
+    cli,
+    compiles,
+    eval_batch_size,
+    evaluate,
+    load_tokenizer,
+    load_tokens,
+    maybe_compile,
+    parameter_table,
+    plan_windows,
+    score_windows,
+    setup_distributed,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chunks and schedule
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Targets start..end-1: scored with one state of the weights, then learned from."""
+
+    start: int
+    end: int
+    fresh: bool = False  # forget everything learned before scoring it (TTT_RESET_PER_DOC)
+
+
+def plan_chunks(tokens: Tensor, cfg: Config) -> list[Chunk]:
+    """Cut the targets into chunks of TTT_CHUNK_TOKENS; with TTT_RESET_PER_DOC also at every document start.
+
+    The target that *is* a BOS belongs to the document it ends, and a cut at token j is decided by token j, which lies before every
+    target it affects: the plan looks no further ahead than the text read so far.
+    """
+    targets, size = len(tokens) - 1, cfg.ttt_chunk_tokens
+    if not cfg.ttt_enabled:
+        return [Chunk(0, targets)]
+    starts = [0]
+    if cfg.ttt_reset_per_doc:
+        starts += [i for i in (tokens == BOS_ID).nonzero().squeeze(1).tolist() if 0 < i < targets]
+    chunks = []
+    for first, last in zip(starts, [*starts[1:], targets]):
+        chunks += [Chunk(i, min(i + size, last), cfg.ttt_reset_per_doc and i == first) for i in range(first, last, size)]
+    return chunks
+
+
+def chunk_lr(cfg: Config, index: int, count: int) -> float:
+    """Learning rate after chunk `index` of `count`.
+
+    cosine: from TTT_LR to 0. adaptive: the cosine times a factor that rises from 1 to TTT_MAX_LR_MULT over the first 30 % (card E: 3).
+    Per-document resets keep the rate constant: how many chunks a document will have is not known while it is read.
+    """
+    if cfg.ttt_lr_schedule == "constant" or cfg.ttt_reset_per_doc:
+        return cfg.ttt_lr
+    lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / max(count - 1, 1)))
+    if cfg.ttt_lr_schedule == "adaptive":
+        lr *= 1 + (cfg.ttt_max_lr_mult - 1) * min(index / max(0.3 * count, 1), 1)
+    return lr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What trains
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """Low-rank addition to a linear layer (Hu et al. 2021): x -> B(A x), zero at the start because B is."""
+
+    def __init__(self, linear: Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        out_features, in_features = linear.weight.shape
+        start = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+        self.down = nn.Parameter(start.to(linear.weight.device))
+        self.up = nn.Parameter(torch.zeros(out_features, rank, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.down.to(x.dtype).T) @ self.up.to(x.dtype).T
+
+
+def choose_trainable(model: GPT, cfg: Config) -> dict[str, tuple[nn.Parameter, float]]:
+    """Attach what TTT adds to the model and return what it trains: name -> (parameter, multiple of TTT_LR). All else is frozen.
+
+    TTT_PARAMS: all; mlp (the MLP matrices); matrices (every matrix of the blocks and projections, no embedding, no scalar); lora
+    (adapters on every linear layer, the artifact's weights stay). TTT_FREEZE_BLOCKS takes the first blocks out of any of them.
+    TTT_HASH_BUCKETS adds an embedding of hashed bigrams and trigrams that is zero at first, so that it changes nothing until it learned.
+    """
+    roles = {"all": None, "mlp": {"mlp"}, "matrices": {"mlp", "attn", "gdn", "shift", "proj"}, "lora": set()}[cfg.ttt_params]
+    frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
+    table = [spec for spec in parameter_table(model, cfg) if not spec.name.startswith(frozen)]
+    chosen = {spec.name: (spec.param, 1.0) for spec in table if roles is None or spec.role in roles}
+    model.requires_grad_(False)
+    if cfg.ttt_params == "lora":
+        generator = torch.Generator().manual_seed(cfg.seed)
+        for name, module in model.named_modules():
+            if isinstance(module, Linear) and not f"{name}.".startswith(frozen):
+                module.adapter = LoRA(module, cfg.ttt_lora_rank, generator)
+                chosen |= {f"{name}.adapter.{key}": (param, 1.0) for key, param in module.adapter.named_parameters()}
+    if cfg.ttt_hash_buckets:
+        if cfg.ttt_hash_buckets < 2:
+            raise UserError("TTT_HASH_BUCKETS=1 leaves no bucket for n-grams: the last one means 'no predecessor'")
+        model.eval_hash = HashEmbedding(cfg.ttt_hash_buckets, None, cfg.model_dim, trigram=True).to(model.tok_emb.weight.device)
+        model.eval_hash.requires_grad_(False)
+        chosen["eval_hash.table.weight"] = (model.eval_hash.table.weight, cfg.ttt_hash_lr_mult)
+    if not chosen:
+        raise UserError(f"TTT_PARAMS={cfg.ttt_params} with TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks} leaves nothing to train")
+    for param, _ in chosen.values():
+        param.requires_grad_(True)
+    return chosen
+
+
+class TestTimeTrainer:
+    """Trains the chosen parameters on chunks that have been scored; gradients are averaged over ranks, so all ranks stay equal."""
+
+    __test__ = False  # not a test class, whatever its name suggests to pytest
+
+    def __init__(self, model: GPT, forward: Callable[..., Tensor], cfg: Config, byte_table: ByteTable, ctx: RunContext, seq_len: int):
+        self.forward, self.cfg, self.byte_table, self.ctx, self.seq_len = forward, cfg, byte_table, ctx, seq_len
+        chosen = choose_trainable(model, cfg)
+        self.params = [param for param, _ in chosen.values()]
+        self.multiples = [multiple for _, multiple in chosen.values()]
+        self.initial = [param.detach().clone() for param in self.params]
+        # Sequences a forward on this rank; a step's share is accumulated in such micro-batches, all of one shape.
+        share = -(-cfg.ttt_batch_seqs // ctx.world_size)
+        self.micro = max(1, min(share, (65536 if ctx.device.type == "cuda" else 8192) // seq_len))
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the artifact's weights, with a new optimizer."""
+        cfg = self.cfg
+        with torch.no_grad():
+            for param, value in zip(self.params, self.initial):
+                param.copy_(value)
+        groups = [{"params": [param], "multiple": multiple} for param, multiple in zip(self.params, self.multiples)]
+        if cfg.ttt_optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(groups, lr=cfg.ttt_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.ttt_adam_wd)
+        else:
+            nesterov = cfg.ttt_nesterov and cfg.ttt_momentum > 0
+            self.optimizer = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum, nesterov=nesterov)
+        self.average = [value.clone() for value in self.initial] if cfg.ttt_polyak else []
+
+    @contextlib.contextmanager
+    def scoring_weights(self) -> Iterator[None]:
+        """Polyak-averaged weights inside the block, where they are asked for; training goes on from the others."""
+        if not self.average:
+            yield
+            return
+        live = [param.detach().clone() for param in self.params]
+        with torch.no_grad():
+            for param, value in zip(self.params, self.average):
+                param.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in zip(self.params, live):
+                    param.copy_(value)
+
+    def learn(self, tokens: Tensor, chunk: Chunk, lr: float) -> None:
+        """TTT_EPOCHS passes over the chunk's targets. Sequences are as long as in training; the last one reaches back, over targets
+        that then weigh nothing, so that all have one length; each target weighs in once an epoch (by its bytes: TTT_BYTE_WEIGHTED)."""
+        cfg, ctx = self.cfg, self.ctx
+        size = min(self.seq_len, chunk.end)
+        first = max(0, min(chunk.start, chunk.end - size))
+        windows = [(first + start, max(first + begin, chunk.start)) for start, begin in plan_windows(chunk.end - first, size, size)]
+        index = torch.tensor([start for start, _ in windows], device=ctx.device)[:, None] + torch.arange(size, device=ctx.device)
+        inputs, targets = tokens[index].long(), tokens[index + 1].long()
+        weights = (index >= torch.tensor([begin for _, begin in windows], device=ctx.device)[:, None]).float()
+        if cfg.ttt_byte_weighted:
+            weights = weights * self.byte_table.count(inputs, targets).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["multiple"]
+        healthy = torch.ones((), device=ctx.device, dtype=torch.bool)
+        for _ in range(cfg.ttt_epochs):
+            for start in range(0, len(windows), cfg.ttt_batch_seqs):
+                batch = slice(start, start + cfg.ttt_batch_seqs)
+                # A chunk of nothing but zero-byte tokens has no weight at all: its step is zero, not 0/0.
+                total = weights[batch].sum().clamp_min(1e-9)
+                mine = torch.arange(len(windows), device=ctx.device)[batch][ctx.rank :: ctx.world_size]
+                healthy &= self._step(inputs[mine], targets[mine], weights[mine] / total)
+        if not healthy:
+            raise UserError(f"TTT diverged (gradient not finite) on the chunk that starts at token {chunk.start}: lower TTT_LR={cfg.ttt_lr}")
+        self._assert_ranks_equal(chunk)
+
+    def _step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """One optimizer step on this rank's share of a batch (weights sum to 1 over all ranks). Returns whether it was finite."""
+        for start in range(0, len(inputs), self.micro):
+            part = slice(start, start + self.micro)
+            nll = self.forward(inputs[part], targets[part], reduction="none")
+            (nll * weights[part]).sum().backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        flat = self.ctx.all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
+        norm = flat.norm()
+        if self.cfg.ttt_grad_clip:
+            flat *= (self.cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        for param, grad in zip(self.params, flat.split([p.numel() for p in self.params])):
+            param.grad = grad.view_as(param)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - self.cfg.ttt_polyak)
+        return torch.isfinite(norm)
+
+    def checksum(self) -> int:
+        """Of the bits of every trained parameter."""
+        total = sum(param.detach().view(torch.int32).sum(dtype=torch.int64) for param in self.params)
+        return int(total) % (1 << 50)  # exact in float64, which every backend can reduce
+
+    def _assert_ranks_equal(self, chunk: Chunk) -> None:
+        sums = torch.zeros(self.ctx.world_size, dtype=torch.float64, device=self.ctx.device)
+        sums[self.ctx.rank] = self.checksum()
+        every = self.ctx.all_reduce_sum(sums).tolist()
+        assert len(set(every)) == 1, f"ranks hold different weights after the chunk at token {chunk.start}: checksums {every}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The evaluator
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FewShapes:
+    """A forward that a compiler sees in few shapes: windows are padded to whole batches, scored tails to the stride or the window.
+
+    Every new shape costs a compilation of many seconds; a repeated window costs nothing beside it. Uncompiled, it changes nothing.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], batch: int, stride: int, length: int, active: bool):
+        self.forward, self.batch, self.stride, self.length, self.active = forward, batch, stride, length, active
+
+    def __call__(self, inputs: Tensor, targets: Tensor | None = None, *, reduction: str = "none", score_last: int = 0) -> Tensor:
+        if not self.active:
+            return self.forward(inputs, targets, reduction=reduction, score_last=score_last)
+        rows, last = inputs.size(0), score_last or inputs.size(1)
+        fill = (self.batch if rows > 1 else 1) - rows
+        if fill > 0:
+            inputs = torch.cat((inputs, inputs[-1:].expand(fill, -1)))
+            targets = None if targets is None else torch.cat((targets, targets[-1:].expand(fill, -1)))
+        wide = min(self.stride if last <= self.stride else self.length, inputs.size(1))
+        return self.forward(inputs, targets, reduction=reduction, score_last=wide)[:rows, -last:]
+
+
+@dataclasses.dataclass
+class EvaluationTrace(Trace):
+    """An audit.Trace with what the report wants besides."""
+
+    series: dict[str, float] = dataclasses.field(default_factory=dict)  # name -> summed nll in nats
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    chunks: list[float] = dataclasses.field(default_factory=list)  # mean nll a chunk
+    invalid: dict | None = None
+    contexts_known: int = 0
+    contexts_refused: int = 0
+    expert_bytes: int = 0
+
+    def bpb(self, name: str) -> float:
+        return self.series[name] / math.log(2) / self.bytes_scored
+
+
+class ScoreFirstEvaluator:
+    """Sliding windows + TTT + experts over one token stream. An `audit.Evaluator`: `run` may be called again and starts afresh.
+
+    The order of a run, which is all that makes it valid: for each chunk, in order: score it; in blocks, if there are experts, each block
+    counted only once it is scored; then train on it. Every score and every use is written to the ledger where it happens.
+    """
+
+    def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext):
+        self.cfg, self.ctx = cfg, ctx
+        self.byte_table = byte_table.to(ctx.device)
+        self.seq_len = cfg.eval_seq_len or cfg.train_seq_len
+        self.batch = eval_batch_size(cfg, self.seq_len, ctx.device)
+        self.expert_config = expert_config(cfg)
+        forward = maybe_compile(model)
+        self.forward = FewShapes(forward, self.batch, cfg.eval_stride, self.seq_len, active=forward is not model)
+        self.trainer = None
+        if cfg.ttt_enabled:
+            self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, cfg.ttt_seq_len or self.seq_len)
+        # With attention across documents, or weights that learn, a document's score rests on the documents before it.
+        self.documents_independent = False
+
+    @torch.no_grad()
+    def sliding(self, tokens: Tensor):
+        """The plain pass with the artifact's weights: train_gpt.evaluate."""
+        return evaluate(self.forward, tokens, self.byte_table, self.cfg, self.ctx, self.seq_len, self.cfg.eval_stride)
+
+    def run(self, tokens: Tensor, stop: int = 0, sample: Iterable[int] = (), report: Callable[..., None] | None = None) -> EvaluationTrace:
+        """Evaluate. `stop` ends the run early, once the targets before it are scored; plans and schedules stay those of the whole text.
+        `sample`: positions whose full distribution is kept. `report(chunk number, of, trace, target reached)` after each chunk."""
+        cfg, targets = self.cfg, len(tokens) - 1
+        if targets < 1:
+            raise UserError("the validation split has fewer than two tokens: nothing to score")
+        pass_ = _Pass(self, tokens, set(sample))
+        chunks = plan_chunks(tokens, cfg)
+        if self.trainer:
+            self.trainer.reset()
+        for number, chunk in enumerate(chunks):
+            if chunk.fresh and self.trainer:
+                self.trainer.reset()
+            with pass_.clock("scoring"), self.trainer.scoring_weights() if self.trainer else contextlib.nullcontext():
+                finished = pass_.score(chunk, stop)
+            pass_.trace.chunks.append(pass_.trace.ledger.nll[chunk.start : chunk.end].mean().item())
+            if report:
+                report(number, len(chunks), pass_.trace, chunk.end)
+            if not finished or (stop and chunk.end >= stop):
+                break
+            following = chunks[number + 1] if number + 1 < len(chunks) else None
+            if self.trainer and cfg.ttt_epochs and following and not following.fresh:  # else nothing would be scored with it
+                pass_.trace.ledger.use(slice(chunk.start, chunk.end), "training")
+                with pass_.clock("training"):
+                    self.trainer.learn(pass_.tokens, chunk, chunk_lr(cfg, number, len(chunks)))
+        return pass_.close()
+
+
+class _Pass:
+    """One run's state: stream on the device, windows, experts, ledger."""
+
+    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: Tensor, sample: set[int]):
+        cfg, ctx = evaluator.cfg, evaluator.ctx
+        self.evaluator, self.cfg, self.ctx, self.sample = evaluator, cfg, ctx, sample
+        self.tokens = tokens.to(ctx.device)
+        self.targets = len(tokens) - 1
+        self.length = min(evaluator.seq_len, self.targets)
+        self.windows = plan_windows(self.targets, evaluator.seq_len, cfg.eval_stride)
+        self.begins = [begin for _, begin in self.windows]
+        self.trace = EvaluationTrace(Ledger(self.targets), bytes_scored=0)
+        # The mixture without experts is the model itself: that path also serves to show full distributions.
+        self.mixture = self.invalid = None
+        if evaluator.expert_config.names or sample or cfg.invalid_cache:
+            self.mixture = ExpertMixture(evaluator.expert_config, cfg.vocab_size, ctx.device)
+            self.sums = torch.zeros(len(self.mixture.series), dtype=torch.float64, device=ctx.device)
+        if cfg.invalid_cache:
+            self.invalid = InvalidClaims(cfg, ctx)
+
+    @contextlib.contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.ctx.device.type == "cuda":
+            torch.cuda.synchronize(self.ctx.device)
+        self.trace.seconds[phase] = self.trace.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def score(self, chunk: Chunk, stop: int) -> bool:
+        """Score the chunk's targets in order; False if `stop` came first.
+
+        They are scored in groups of whole expert blocks, large enough to fill every rank's batch. The blocks are counted from the chunk's
+        start whatever the number of ranks: the result does not depend on it.
+        """
+        cfg, block = self.cfg, self.cfg.expert_block_tokens
+        size = max(self.length, self.evaluator.batch * cfg.eval_stride * self.ctx.world_size)
+        size = -(-size // block) * block
+        for start in range(chunk.start, chunk.end, size):
+            if stop and start >= stop:
+                return False
+            end = min(start + size, chunk.end)
+            if self.mixture is None:
+                self._score_plain(start, end)
+            else:
+                self._score_mixed(start, end)
+        return True
+
+    def _windows_between(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Windows that score targets start..end-1. One that reaches over `start` is scored from there on only: same context, same result."""
+        first = bisect.bisect_right(self.begins, start) - 1
+        last = bisect.bisect_left(self.begins, end)
+        return [(at, max(begin, start)) for at, begin in self.windows[first:last]]
+
+    def _model(self, start: int, end: int, forward: Callable[..., Tensor], width: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """This rank's share of targets start..end-1: (ascending positions [n], what `forward` gives there [n, *width])."""
+        ctx = self.ctx
+        mine = self._windows_between(start, end)[ctx.rank :: ctx.world_size]
+        positions, values = [torch.empty(0, dtype=torch.int64, device=ctx.device)], [torch.empty(0, *width, device=ctx.device)]
+        for at, value in score_windows(forward, self.tokens, mine, self.length, self.evaluator.batch, ctx.device) if mine else ():
+            inside = at < end
+            positions.append(at[inside])
+            values.append(value[inside])
+        return torch.cat(positions), torch.cat(values)
+
+    def _score_plain(self, start: int, end: int) -> None:
+        positions, nll = self._model(start, end, self.evaluator.forward, ())
+        gathered = torch.zeros(2, end - start, dtype=torch.float64, device=self.ctx.device)
+        gathered[0, positions - start] = nll.double()
+        gathered[1].index_add_(0, positions - start, torch.ones_like(positions, dtype=torch.float64))
+        self._record(start, end, *self.ctx.all_reduce_sum(gathered))
+
+    def _record(self, start: int, end: int, nll: Tensor, times: Tensor) -> None:
+        assert bool((times == 1).all()), f"targets {start}..{end - 1} were not scored exactly once each"
+        if not bool(torch.isfinite(nll).all()):
+            raise UserError(f"the loss is not finite in the targets from {start} on: a damaged model, or TTT_LR={self.cfg.ttt_lr} too high")
+        self.trace.ledger.score(slice(start, end), nll)
+
+    @torch.no_grad()
+    def _score_mixed(self, start: int, end: int) -> None:
+        cfg, ctx, mixture = self.cfg, self.ctx, self.mixture
+
+        def logits(inputs: Tensor, targets: Tensor, *, reduction: str, score_last: int) -> Tensor:
+            return self.evaluator.forward(inputs, score_last=score_last)
+
+        positions, rows = self._model(start, end, logits, (cfg.vocab_size,))
+        where = positions.tolist() if ctx.world_size > 1 else range(start, end)
+        for begin in range(start, end, cfg.expert_block_tokens):
+            until = min(begin + cfg.expert_block_tokens, end)
+            part = slice(bisect.bisect_left(where, begin), bisect.bisect_left(where, until))
+            at, mine = torch.arange(begin, until, device=ctx.device), positions[part] - begin
+            contexts, targets = context_rows(self.tokens, at, self._context_length, cfg.vocab_size), self.tokens[at + 1].long()
+            # Strictly the past goes in; the prediction is complete before a target is named.
+            prediction = mixture.predict(rows[part], contexts[mine, : mixture.context_length])
+            for position in sorted(self.sample.intersection(range(begin, until))):
+                self._show(prediction, position, (mine == position - begin).nonzero().squeeze(1))
+            record = prediction.record(targets[mine])
+            gathered = torch.zeros(until - begin, record.size(1) + 1, dtype=torch.float64, device=ctx.device)
+            gathered[mine, :-1] = record
+            gathered[:, -1].index_add_(0, mine, torch.ones_like(mine, dtype=torch.float64))
+            gathered, mass = ctx.all_reduce_sum(gathered), ctx.all_reduce_sum(prediction.mass())
+            self._record(begin, until, -gathered[:, 0], gathered[:, -1])
+            self.sums -= gathered[:, : len(mixture.series)].sum(0)
+            if self.invalid:
+                self.invalid.observe(prediction, mine, contexts, targets)
+            if self.evaluator.expert_config.names:
+                self.trace.ledger.use(slice(begin, until), "counts and weights of the experts")
+                mixture.update(contexts[:, : mixture.context_length], targets, gathered[:, :-1], mass)
+
+    @property
+    def _context_length(self) -> int:
+        return max(self.mixture.context_length, 8 if self.invalid else 0)
+
+    def _show(self, prediction: Prediction, position: int, row: Tensor) -> None:
+        """Keep the full distribution at a sampled position, on every rank."""
+        shown = torch.zeros(self.cfg.vocab_size, device=self.ctx.device)
+        if len(row):
+            shown = prediction.distribution(row)[0]
+        self.trace.rows[position] = self.ctx.all_reduce_sum(shown.clone()).cpu()
+
+    def close(self) -> EvaluationTrace:
+        trace, tokens = self.trace, self.tokens
+        scored = (trace.ledger.coverage > 0).to(self.ctx.device)
+        trace.bytes_scored = int(self.evaluator.byte_table.count(tokens[:-1], tokens[1:])[scored].sum())
+        if self.mixture is not None:
+            trace.series = dict(zip(self.mixture.series, self.sums.tolist()))
+            history = self.mixture.history
+            trace.contexts_known, trace.contexts_refused = history.contexts.next_id, history.contexts.refused
+            trace.expert_bytes = history.nbytes
+        if self.invalid:
+            trace.invalid = self.invalid.summary(trace.bytes_scored)
+        return trace
+
+
+def expert_config(cfg: Config) -> ExpertConfig:
+    """The experts' part of the settings, checked."""
+    try:
+        return ExpertConfig(
+            names=tuple(filter(None, cfg.experts.replace(" ", "").split(","))),
+            mixer=cfg.expert_mixer,
+            max_order=cfg.ngram_order,
+            max_contexts=cfg.ngram_max_contexts,
+            smoothing=cfg.ngram_smoothing,
+            hedge_eta=cfg.hedge_eta,
+            hedge_share=cfg.hedge_share,
+            temperature=cfg.temperature_strength,
+            calibration_clamp=cfg.calibration_clamp,
+            calibration_momentum=cfg.calibration_momentum,
+            tilt_beta=cfg.tilt_beta,
+            tilt_order=cfg.tilt_order,
+            min_count=cfg.cache_min_count,
+            report=cfg.expert_report,
+        )
+    except ValueError as error:
+        raise UserError(f"EXPERTS={cfg.experts}: {error}") from None
+
+
+class InvalidClaims:
+    """What the target-keyed cache would have claimed on the same text, and what its "probabilities" sum to. Never part of a score."""
+
+    def __init__(self, cfg: Config, ctx: RunContext, sum_every: int = 8):
+        self.cfg, self.ctx, self.sum_every = cfg, ctx, sum_every
+        self.cache = InvalidTargetKeyedCache(cfg.vocab_size, device=ctx.device)
+        self.totals = torch.zeros(4, dtype=torch.float64, device=ctx.device)  # claimed nll, sums over V, how many, largest
+        self.blocks = 0
+
+    def observe(self, prediction: Prediction, mine: Tensor, contexts: Tensor, targets: Tensor) -> None:
+        log_p, picked = prediction.ladder[0], targets[mine, None]
+        claimed = self.cache.claim(log_p.gather(1, picked).exp(), prediction.entropy, contexts[mine], picked)
+        self.totals[0] -= claimed.double().clamp_min(1e-30).log().sum()
+        if self.blocks % self.sum_every == 0 and len(mine):
+            few = slice(0, None, max(1, len(mine) // 16))
+            everything = torch.arange(log_p.size(1), device=log_p.device).expand(len(mine[few]), -1)
+            sums = self.cache.claim(log_p[few].exp(), prediction.entropy[few], contexts[mine[few]], everything).sum(1)
+            self.totals[1] += sums.sum()
+            self.totals[2] += len(sums)
+            self.totals[3] = torch.maximum(self.totals[3], sums.max())
+        self.cache.update(contexts, targets)
+        self.blocks += 1
+
+    def summary(self, bytes_scored: int) -> dict:
+        largest = self.totals[3].item()
+        nll, sums, count, _ = self.ctx.all_reduce_sum(self.totals.clone()).tolist()
+        return {
+            "claimed_bpb": nll / math.log(2) / bytes_scored,
+            "mean_sum_over_vocabulary": sums / max(count, 1),
+            "largest_sum_over_vocabulary": largest,
+            "valid": False,
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Audit of the evaluation that is reported
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class AuditedRun:
+    """Chooses what to look at before the evaluation, and checks it afterwards."""
+
+    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: Tensor):
+        cfg = evaluator.cfg
+        self.evaluator, self.tokens, self.cfg = evaluator, tokens, cfg
+        targets = len(tokens) - 1
+        edges = [chunk.start for chunk in plan_chunks(tokens, cfg)]
+        two_chunks = edges[2] if len(edges) > 2 else targets
+        self.limit = min(cfg.audit_tokens or two_chunks + evaluator.seq_len, targets)
+        self.places = auditing.plan_places(tokens, edges, self.limit, BOS_ID, cfg.audit_places, cfg.seed)
+        self.updates_covered = sum(0 < edge < self.limit for edge in edges)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        spread = torch.randint(0, targets, (cfg.audit_samples,), generator=generator).tolist()
+        self.sample = sorted({*spread, *(place - 1 for place in self.places), 0, targets - 1})
+
+    def check(self, trace: EvaluationTrace, artifact: Artifact, data_path: str) -> list[auditing.Check]:
+        cfg, tokens, vocab = self.cfg, self.tokens, self.cfg.vocab_size
+        on_gpu = self.evaluator.ctx.device.type == "cuda"
+        tolerance = cfg.audit_tolerance if on_gpu else 0.0
+        tokenizer = load_tokenizer(cfg.tokenizer_path, vocab)
+        documents, manifest = auditing.decoded_documents(tokens, tokenizer, BOS_ID), auditing.load_manifest(data_path)
+        raw = {"decoded text": sum(map(len, documents))}
+        whole = not cfg.eval_tokens or not manifest or cfg.eval_tokens >= manifest["splits"]["val"]["tokens"]
+        if manifest and whole:
+            raw["manifest"] = manifest["splits"]["val"]["raw_bytes"]
+        few = self.places[:: max(1, len(self.places) // 3)]
+        return [
+            auditing.check_causality(self.evaluator, tokens, trace, self.places, vocab, tolerance),
+            auditing.check_documents(self.evaluator, tokens, trace, vocab, self.limit, BOS_ID, tolerance),
+            auditing.check_normalization(self.evaluator, tokens, trace, few, vocab, max(tolerance, 1e-5)),
+            auditing.check_score_before_update(trace),
+            auditing.check_single_pass(trace),
+            auditing.check_bytes(trace, raw),
+            auditing.check_disjoint(data_path, manifest, documents if whole else None),
+            auditing.check_size(artifact.bytes_model, code_bytes(), SIZE_LIMIT_BYTES),
+        ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def expert_gains(trace: EvaluationTrace, mixture_names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """What each expert is worth, bits per byte: transforms by what they take off when they are applied, members by what a mixture of the
+    model's distribution with that member alone takes off."""
+    gains: dict[str, dict[str, float]] = {}
+    previous = "neural_raw"
+    for name in trace.series:
+        if name.startswith("+"):
+            gains[name[1:]] = {"bpb": trace.bpb(name), "gain_bpb": trace.bpb(previous) - trace.bpb(name)}
+            previous = name
+    for name in mixture_names:
+        if f"neural|{name}" in trace.series:
+            with_model = trace.bpb(f"neural|{name}")
+            gains[name] = {"alone_bpb": trace.bpb(name), "bpb": with_model, "gain_bpb": trace.bpb("neural") - with_model}
+    return gains
+
+
+def print_report(result: dict, ctx: RunContext) -> None:
+    """The table for people; eval.json has the same figures."""
+    seconds, rate = result["seconds"], result["tokens_per_second"]
+    lines = [f"{'stage':<26}{'val_bpb':>9}{'seconds':>10}{'tokens/s':>12}"]
+
+    def row(label: str, bpb: float | None, phase: str) -> None:
+        if bpb is not None:
+            took = f"{seconds[phase]:>10.1f}{rate[phase]:>12,.0f}" if phase in seconds else ""
+            lines.append(f"{label:<26}{bpb:>9.4f}{took}")
+
+    row("sliding window", result["sliding_bpb"], "sliding")
+    row("+ TTT", result["ttt_bpb"], "score_first")
+    row("+ experts", result["experts_bpb"], "score_first")
+    for name, gain in (result["experts"] or {}).items():
+        lines.append(f"    {name:<22}{gain['bpb']:>9.4f}   {-gain['gain_bpb']:+.4f} bpb for the model with it")
+    if result["invalid_cache"]:
+        bad = result["invalid_cache"]
+        lines.append(f"(invalid cache formula     {bad['claimed_bpb']:>9.4f}   its sum over the vocabulary is {bad['mean_sum_over_vocabulary']:,.1f} "
+                     f"on average, at most {bad['largest_sum_over_vocabulary']:,.1f}: no probability)")
+    lines.append("")
+    lines.append(f"val_loss:{result['val_loss']:.6f} val_bpb:{result['val_bpb']:.6f} tokens_scored:{result['tokens_scored']:,} "
+                 f"bytes_scored:{result['bytes_scored']:,}")
+    lines.append(f"bytes_model:{result['bytes_model']:,} bytes_code:{result['bytes_code']:,} bytes_total:{result['bytes_total']:,} "
+                 f"of {SIZE_LIMIT_BYTES:,}")
+    for line in lines:
+        ctx.log(line)
+
+
+def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) -> dict:
+    """Everything that eval.json holds."""
+    cfg, began = artifact.cfg, time.perf_counter()
+    expert_config(cfg)  # refuse a misspelt expert before anything is computed
+    tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
+    byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+    evaluator = ScoreFirstEvaluator(artifact.model, cfg, byte_table, ctx)
+    compiled = compiles(cfg, ctx.device)
+    ctx.log(f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval_stride}, {ctx.world_size} rank(s) on "
+            f"{ctx.device.type}{', compiled' if compiled else ''}")
+
+    plain = evaluator.sliding(tokens)
+    ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s")
+    seconds = {"sliding": plain.seconds}
+    final, trace, audited = (plain.val_loss, plain.val_bpb, plain.tokens_scored, plain.bytes_scored), None, None
+    if cfg.ttt_enabled or evaluator.expert_config.names or cfg.invalid_cache or audit:
+        if cfg.ttt_enabled:
+            trainable = sum(param.numel() for param in evaluator.trainer.params)
+            ctx.log(f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
+                    f"{cfg.ttt_epochs} epochs, chunks of {cfg.ttt_chunk_tokens:,}, schedule {cfg.ttt_lr_schedule}")
+        audited = AuditedRun(evaluator, tokens) if audit else None
+        started = time.perf_counter()
+
+        def progress(number: int, count: int, so_far: Trace, reached: int) -> None:
+            if number % max(1, count // 20) == 0 or number + 1 == count:
+                mean = so_far.ledger.nll[:reached].mean().item()
+                ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / (time.perf_counter() - started):,.0f}")
+
+        trace = evaluator.run(tokens, sample=audited.sample if audited else (), report=progress)
+        seconds |= {"score_first": time.perf_counter() - started, **trace.seconds}
+        final = (trace.val_loss, trace.val_bpb, int(trace.scored.sum()), trace.bytes_scored)
+        assert trace.bytes_scored == plain.bytes_scored and final[2] == plain.tokens_scored
+
+    names = evaluator.expert_config.names
+    result = {
+        "val_loss": final[0],
+        "val_bpb": final[1],
+        "sliding_bpb": plain.val_bpb,
+        "sliding_loss": plain.val_loss,
+        "ttt_bpb": (trace.bpb("neural_raw") if trace.series else trace.val_bpb) if cfg.ttt_enabled else None,
+        "experts_bpb": trace.val_bpb if names else None,
+        "experts": expert_gains(trace, names) if names else None,
+        "expert_tables": {"contexts": trace.contexts_known, "refused": trace.contexts_refused, "bytes": trace.expert_bytes} if names else None,
+        "invalid_cache": trace.invalid if trace else None,
+        "tokens_scored": final[2],
+        "bytes_scored": final[3],
+        "bytes_model": artifact.bytes_model,
+        "bytes_code": code_bytes(),
+        "world_size": ctx.world_size,
+        "device": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "chunk_losses": trace.chunks if trace else None,
+        "audit": None,
+    }
+    result["bytes_total"] = result["bytes_model"] + result["bytes_code"]
+    if audited:
+        started = time.perf_counter()
+        checks = audited.check(trace, artifact, cfg.data_path)
+        seconds["audit"] = time.perf_counter() - started
+        result["audit"] = {
+            "verdict": auditing.verdict(checks),
+            "scope": f"ledger, coverage, bytes and distributions of the whole evaluation reported here; reruns within its first "
+            f"{audited.limit:,} targets, {audited.updates_covered} weight update(s) among them, with everything on",
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+    seconds["total"] = time.perf_counter() - began
+    result["seconds"] = seconds
+    result["tokens_per_second"] = {phase: final[2] / took for phase, took in seconds.items() if took and phase not in ("audit", "total")}
+    result["config"] = cfg.to_dict()
+    result["run"] = {key: artifact.meta.get(key) for key in ("steps", "train_seconds", "looping", "tokenizer_sha256")}
+    return result
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return 0
+    paths = [a for a in arguments if not a.startswith("-")]
+    if unknown := [a for a in arguments if a.startswith("-") and a != "--audit"]:
+        raise UserError(f"unknown argument {unknown[0]}; usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit]")
+    if len(paths) != 1:
+        raise UserError("usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit]")
+    path = Path(paths[0])
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; write it with `python quantize.py runs/<RUN_ID>`")
+    ctx = setup_distributed()
+    try:
+        artifact = load_artifact(path, ctx.device)
+        result = evaluate_artifact(artifact, ctx, audit="--audit" in arguments)
+        print_report(result, ctx)
+        if result["audit"]:
+            ctx.log("")
+            for check in result["audit"]["checks"]:
+                ctx.log(auditing.Check(**check).line())
+            ctx.log(f"audit: {result['audit']['verdict'].upper()} ({result['audit']['scope']})")
+        if ctx.is_main:
+            with atomic_write(path.with_name("eval.json")) as temporary:
+                temporary.write_text(json.dumps(result, indent=1) + "\n")
+            ctx.log(f"wrote {path.with_name('eval.json')}")
+    finally:
+        ctx.close()
+    return 1 if result["audit"] and result["audit"]["verdict"] == auditing.FAIL else 0
+
+
+if __name__ == "__main__":
+    cli(main)
