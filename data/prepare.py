@@ -67,7 +67,8 @@ MANIFEST_FORMAT = 1
 ALGORITHM_VERSION = 1
 
 BLOCK_BYTES = 4 << 20  # raw text per task; small enough to keep all workers busy on the embedded corpus
-READ_BYTES = 128 << 10  # compressed bytes per read; a zstd frame may blow these up several hundred times
+READ_BYTES = 1 << 20  # decompressed bytes per read
+READ_ZSTD_BYTES = 128 << 10  # compressed bytes per read: zstd may blow them up several hundred times
 MAX_RECORD_BYTES = 256 << 20  # a JSON line above this is not a document, and would not fit in memory next to others
 MAX_DOCUMENT_BYTES = 8 << 20  # a longer document is cut at a newline, so that one huge .txt needs no huge memory
 RANGE_BYTES = 64 << 20  # token bytes merged at a time
@@ -229,14 +230,17 @@ EMBEDDED_SKIPPED_FOLDERS = {
 def embedded_documents() -> Iterator[tuple[str, bytes]]:
     """(name, UTF-8 text) of the running Python's library sources and help topics, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        relative = path.relative_to(root)
-        if EMBEDDED_SKIPPED_FOLDERS.intersection(relative.parts[:-1]) or path.name.startswith("_sysconfigdata"):
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = set(subfolders) - EMBEDDED_SKIPPED_FOLDERS  # not even entered: site-packages may be vast
+        names += [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/") for name in files]
+    for name in sorted(names):
+        if not name.endswith(".py") or name.startswith("_sysconfigdata"):
             continue
-        raw = path.read_bytes()
+        raw = (root / name).read_bytes()
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
-            yield f"stdlib/{relative.as_posix()}", raw.decode(encoding).encode()
+            yield f"stdlib/{name}", raw.decode(encoding).encode()
         except (SyntaxError, UnicodeError):
             continue  # not a Python source in the encoding it declares
     try:
@@ -269,7 +273,7 @@ def open_stream(path: Path) -> Iterator[bytes]:
                 yield from _zstd_chunks(file)
                 return
             stream = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
-            while chunk := stream.read(1 << 20):
+            while chunk := stream.read(READ_BYTES):
                 yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged or truncated archive ({error})") from None
@@ -285,7 +289,7 @@ def _zstd_chunks(file: io.BufferedReader) -> Iterator[bytes]:
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, pending, started = context.decompressobj(), b"", False
     try:
-        while data := pending or file.read(READ_BYTES):
+        while data := pending or file.read(READ_ZSTD_BYTES):
             started, pending = True, b""
             if chunk := frame.decompress(data):
                 yield chunk
@@ -1243,11 +1247,12 @@ class Hub:
 
     def __init__(self, repo_id: str, revision: str, endpoint: str | None, cache: Path):
         import huggingface_hub as hub
+        from huggingface_hub.utils import disable_progress_bars
 
         self._hub, self.repo_id, self.revision, self.endpoint, self._cache = hub, repo_id, revision, endpoint, cache
         self.commit: str | None = None  # what the revision stood for when the first file was asked about
         if not sys.stderr.isatty():
-            hub.utils.disable_progress_bars()
+            disable_progress_bars()
 
     def _call(self, what: str, function, **options):
         """function(**options), every failure of hub or network as a UserError about `what`."""
@@ -1417,7 +1422,11 @@ def place(hub: Hub, remote: str, path: Path, overwrite: bool, vocab_size: int = 
         return
     local = hub.download(remote)
     if vocab_size:
-        check_shard(local, vocab_size)
+        try:
+            check_shard(local, vocab_size)
+        except UserError:
+            local.unlink()
+            raise
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(local, path)
