@@ -787,7 +787,7 @@ class Quantizer:
     """
 
     def __init__(self, run_dir: Path, cfg: Config, ctx: RunContext):
-        config, weights, meta = load_run(run_dir)
+        _, weights, meta = load_run(run_dir)
         self.cfg, self.ctx, self.meta = cfg, ctx, meta
         for name, weight in weights.items():
             if not torch.isfinite(weight).all():
@@ -801,7 +801,7 @@ class Quantizer:
         self.model.eval()
         self.seconds = {"calibration": 0.0, "solving": 0.0, "packing": 0.0}
         self.skipped_rotations: list[str] = rotate_values(self.model) if cfg.hadamard_vo else []
-        self.counts = token_counts(cfg) if cfg.embed_split_top else None
+        self._counts: np.ndarray | None = None
 
     @contextlib.contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -817,7 +817,11 @@ class Quantizer:
             self.hessians, self.float_loss = collect_hessians(self.model, self.cfg, self.ctx)
 
     def units(self, cfg: Config | None = None) -> tuple[list[Unit], dict[str, np.ndarray]]:
-        return make_units(self.model, cfg or self.cfg, self.counts)
+        """`make_units` of the model; `cfg` may differ from the quantizer's in quantization settings."""
+        cfg = cfg or self.cfg
+        if cfg.embed_split_top and self._counts is None:
+            self._counts = token_counts(cfg)
+        return make_units(self.model, cfg, self._counts)
 
     def header(self, cfg: Config) -> dict:
         calibration = round(self.seconds["calibration"], 3)
@@ -1251,9 +1255,205 @@ def search_lines(search: dict) -> list[str]:
     return lines + ([f"search: {search['note']}"] if search["note"] else [])
 
 
-USAGE = """usage: quantize.py [-h] [--compare] [--search-seconds S] runs/<RUN_ID>
+@dataclass(frozen=True)
+class Variant:
+    """A line of `python quantize.py table`: settings over the run's, or another line's bytes spent on finer or coarser steps."""
+
+    name: str
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    bytes_of: str = ""  # scale all steps until the artifact is as large as that line's
+    balanced: bool = False  # … with role ratios from measured sensitivities
+
+
+VARIANTS = (
+    Variant("gptq6"),
+    Variant("rtn6", {"quant_method": "rtn"}),
+    Variant("rtn6-bytes", {"quant_method": "rtn"}, bytes_of="gptq6"),
+    Variant("balanced", bytes_of="gptq6", balanced=True),
+    Variant("gptq5", {"matrix_bits": 5}),
+    Variant("gptq7", {"matrix_bits": 7}),
+    Variant("embed7", {"embed_bits": 7}),
+    Variant("mixed", {"bits_override": "attn.proj:7", "embed_split_top": -2, "embed_split_bits": 7}),
+    Variant("prune5", {"prune_fraction": 0.05}),
+    Variant("lqer4", {"lqer_rank": 4, "lqer_top": 3}),
+    Variant("lqer4-as-k", bytes_of="lqer4"),
+    Variant("hadamard", {"hadamard_vo": True}),
+)
+
+
+def fit_bytes(quantizer: Quantizer, cfg: Config, target: int, balanced: bool) -> Packed:
+    """Scale all steps until the artifact is within 0.05 % of `target` bytes."""
+    units, tops = quantizer.units(cfg)
+    coded = [unit for unit in units if unit.bits]
+    ratios = {unit.role: 1.0 for unit in coded}
+    if balanced:
+        rises = quantizer.sensitivities(quantizer.pack(units, tops, cfg), min(SEARCH_SENSITIVITY_BATCHES, cfg.gptq_calibration_batches))
+        ratios = balance_roles(rises, {role: sum(u.weight.numel() for u in coded if u.role == role) for role in rises})
+    slope, level = sum(unit.weight.numel() for unit in coded) / 8, 0.0
+    for _ in range(5):
+        scaled = [with_step(unit, 2.0**level * ratios[unit.role]) if unit.bits else unit for unit in units]
+        packed = quantizer.pack(scaled, tops, cfg)
+        if abs(len(packed.data) - target) < 5e-4 * target:
+            break
+        level += (len(packed.data) - target) / slope
+    return packed
+
+
+def table_command(run_dir: Path, names: list[str]) -> None:
+    """`python quantize.py table`: bytes and val_bpb of the run under each variant -> quantization_table.json. One process."""
+    cfg = open_run(run_dir)
+    ctx = setup_distributed(cfg.device)
+    known = [variant.name for variant in VARIANTS]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"unknown variant {unknown[0]!r}; known: {', '.join(known)}")
+    if ctx.world_size > 1:
+        raise UserError("the table is made by one process: run it without torchrun")
+    tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
+    byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+    quantizers: dict[bool, Quantizer] = {}
+
+    def quantizer_of(variant_cfg: Config) -> Quantizer:
+        """Rotation changes weights and Hessians: each kind is calibrated once."""
+        if variant_cfg.hadamard_vo not in quantizers:
+            made = Quantizer(run_dir, cfg.replace(hadamard_vo=variant_cfg.hadamard_vo), ctx)
+            made.calibrate()
+            quantizers[variant_cfg.hadamard_vo] = made
+        return quantizers[variant_cfg.hadamard_vo]
+
+    def bpb(quantizer: Quantizer, weights: Mapping[str, Tensor]) -> float:
+        with quantizer.weights_replaced(weights):
+            return evaluate(quantizer.model, tokens, byte_table, cfg, ctx, cfg.train_seq_len, cfg.train_seq_len).val_bpb
+
+    plain = quantizer_of(cfg)
+    shapes = {name: tuple(param.shape) for name, param in plain.model.named_parameters()}
+    base = bpb(plain, {})
+    rows = [{"variant": "float", "val_bpb": base}]
+    ctx.log(
+        f"{'variant':<12}{'val_bpb':>9}{'vs float':>10}{'bytes ' + cfg.compressor:>15}{'bytes range':>13}{'error':>11}{'solve s':>9}{'pack s':>8}"
+    )
+    ctx.log(f"{'float':<12}{base:>9.4f}")
+    sizes: dict[str, int] = {}
+    needed = {variant.bytes_of for variant in VARIANTS if variant.name in names}
+    for variant in VARIANTS:
+        if names and variant.name not in names and variant.name not in needed:
+            continue
+        changes = dict(variant.settings)
+        if changes.get("embed_split_top", 0) < 0:
+            changes["embed_split_top"] = cfg.vocab_size // -changes["embed_split_top"]
+        variant_cfg = cfg.replace(**changes)
+        quantizer = quantizer_of(variant_cfg)
+        before = dict(quantizer.seconds)
+        if variant.bytes_of:
+            packed = fit_bytes(quantizer, variant_cfg, sizes[variant.bytes_of], variant.balanced)
+        else:
+            packed = quantizer.pack(*quantizer.units(variant_cfg), variant_cfg)
+        spent = {phase: quantizer.seconds[phase] - before[phase] for phase in before}
+        sizes[variant.name] = len(packed.data)
+        ranged = len(packing.pack_artifact(quantizer.header(variant_cfg), packed.records, "range"))
+        score = bpb(quantizer, restore_weights(packed.records, shapes))
+        roles = packed.role_errors()
+        total = sum(role["weights"] for role in roles.values() if role["error"])
+        error = sum(role["error"] * role["weights"] for role in roles.values()) / max(total, 1)
+        rows.append(
+            {
+                "variant": variant.name,
+                "settings": changes,
+                "bytes_of": variant.bytes_of,
+                "val_bpb": score,
+                "rise": score - base,
+                "bytes": len(packed.data),
+                "bytes_range": ranged,
+                "roles": roles,
+                "seconds": spent,
+            }
+        )
+        ctx.log(
+            f"{variant.name:<12}{score:>9.4f}{score - base:>+10.4f}{len(packed.data):>15,}{ranged:>13,}{error:>11.3e}"
+            f"{spent['solving']:>9.1f}{spent['packing']:>8.1f}"
+        )
+    seconds = {"calibration": plain.seconds["calibration"]}
+    ctx.log(f"calibration {seconds['calibration']:.1f}s; {len(tokens):,} validation tokens, windows of {cfg.train_seq_len} without overlap")
+    with atomic_write(run_dir / "quantization_table.json") as temporary:
+        temporary.write_text(json.dumps({"rows": rows, "seconds": seconds, "tokens": len(tokens), "compressor": cfg.compressor}, indent=1))
+
+
+# What of the run's settings is about this machine, and has no business in a submission.
+_LOCAL_SETTINGS = ("data_path", "tokenizer_path", "runs_dir", "run_id", "device", "resume")
+_SUBMISSION_README = """\
+# {name}
+
+`val_bpb` {val_bpb:.4f} ({val_loss:.4f} nats a token), {bytes_total:,} bytes: `artifact.bin` {bytes_model:,} + `{script}` {bytes_code:,}.
+
+Evaluate, from any folder, with the packages of this track installed:
+
+    DATA_PATH=<folder of fineweb_val_*.bin> TOKENIZER_PATH=<tokenizer>.model python {script}
+
+`{script}` is a zip archive that Python runs as it is; `unzip {script}` shows the stub, and its `code` entry holds the sources (JSON
+under LZMA). It reads `artifact.bin` beside it and writes `eval.json` there. Settings of the run are in the artifact; environment variables
+override the evaluation's. `submission.json` and the logs tell how the model was trained.
+"""
+
+
+def bundle_command(run_dir: Path, out: Path, author: str, github_id: str, name: str, track: str) -> dict:
+    """`python quantize.py bundle`: a folder to hand in, built aside and moved into place whole. -> what submission.json holds."""
+    for file, maker in (("artifact.bin", f"python quantize.py {run_dir}"), ("eval.json", f"python eval_ttt.py {run_dir}/artifact.bin")):
+        if not (run_dir / file).is_file():
+            raise UserError(f"{run_dir / file} is missing: run `{maker}` first")
+    try:
+        scores = json.loads((run_dir / "eval.json").read_text())
+        loss, bpb = float(scores["val_loss"]), float(scores["val_bpb"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / 'eval.json'} is not a finished evaluation: {error!r}") from None
+    if out.exists() and any(out.iterdir()) and not (out / "submission.json").is_file():
+        raise UserError(f"{out} is not empty and no earlier submission: choose another folder")
+    path = run_dir / "artifact.bin"
+    header, payload = packing.read_header(path.read_bytes(), str(path))
+    # The artifact evaluates as it was evaluated here, without this machine's paths in it.
+    evaluated = scores.get("config") or scores.get("configuration") or {}
+    config = {**header["config"], **{key: value for key, value in evaluated.items() if key in header["config"]}}
+    header["config"] = {key: value for key, value in config.items() if key not in _LOCAL_SETTINGS}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        (staging / "artifact.bin").write_bytes(packing.seal(header, bytes(payload)))
+        (staging / SCRIPT_NAME).write_bytes(code_script())
+        for log in ("train.log", "metrics.jsonl", "eval.json", "eval.log", "quantize.json"):
+            if (run_dir / log).is_file():
+                shutil.copyfile(run_dir / log, staging / log)
+        bytes_model, bytes_code = ((staging / file).stat().st_size for file in ("artifact.bin", SCRIPT_NAME))
+        submission = {
+            "author": author,
+            "github_id": github_id,
+            "name": name or run_dir.name,
+            "date": datetime.date.today().isoformat(),
+            "track": track,
+            "val_loss": loss,
+            "val_bpb": bpb,
+            "bytes_total": bytes_model + bytes_code,
+            "bytes_model": bytes_model,
+            "bytes_code": bytes_code,
+            "seeds": [config.get("seed")],
+            "hardware": f"{header.get('world_size', 1)} x {header.get('device', 'unknown')}",
+            "train_seconds": header.get("train_seconds"),
+        }
+        (staging / "submission.json").write_text(json.dumps(submission, indent=1) + "\n")
+        (staging / "README.md").write_text(_SUBMISSION_README.format(script=SCRIPT_NAME, **submission))
+        staging.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    total = submission["bytes_total"]
+    print(f"{out}: val_bpb {bpb:.4f}; model {bytes_model:,} + code {bytes_code:,} = {total:,} of {SIZE_LIMIT_BYTES:,} bytes")
+    if total > SIZE_LIMIT_BYTES:
+        print(f"warning: {total - SIZE_LIMIT_BYTES:,} bytes over the limit")
+    return submission
+
+
+USAGE = """quantize.py [-h] [--compare] [--search-seconds S] runs/<RUN_ID>
        quantize.py table runs/<RUN_ID> [--variants a,b,...]
-       quantize.py bundle runs/<RUN_ID> --out FOLDER [--author A --github-id G --name N --track T]"""
+       quantize.py bundle runs/<RUN_ID> --out FOLDER [--author A] [--github-id G] [--name N] [--track T]"""
 
 
 def main() -> int:
@@ -1270,9 +1470,20 @@ def main() -> int:
     if command == "quantize":
         parser.add_argument("--compare", action="store_true", help="also show the size under every compressor")
         parser.add_argument("--search-seconds", type=float, default=300.0, help="time limit of the TARGET_BYTES search")
+    elif command == "table":
+        parser.add_argument("--variants", default="", help=f"comma-separated choice of {', '.join(v.name for v in VARIANTS)}")
+    else:
+        parser.add_argument("--out", type=Path, required=True, help="the submission's folder")
+        for option in ("--author", "--github-id", "--name"):
+            parser.add_argument(option, default="")
+        parser.add_argument("--track", default="10min_16mb")
     options = parser.parse_args(arguments)
     if command == "quantize":
         quantize_command(options.run, options.compare, options.search_seconds)
+    elif command == "table":
+        table_command(options.run, [name for name in options.variants.split(",") if name])
+    else:
+        bundle_command(options.run, options.out, options.author, options.github_id, options.name, options.track)
     return 0
 
 
