@@ -1088,8 +1088,9 @@ def strip_source(text: str) -> str:
     return stripped if ast.dump(ast.parse(stripped)) == ast.dump(tree) else text
 
 
+@functools.cache
 def code_script() -> bytes:
-    """The self-extracting evaluation script; the same bytes for the same sources."""
+    """The self-extracting evaluation script; the same bytes for the same sources. Made once a process."""
     modules = evaluation_modules()
     sources = {path.name: strip_source(path.read_text(encoding="utf-8")) for path in sorted(modules)}
     # lc=4: sources are text, whose next letter depends on the last one.

@@ -1,0 +1,715 @@
+"""Quantization: GPTQ against a naive twin, Hessians, rotation, search, artifacts and the submission bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import packing
+import quantize as Q
+import train_gpt
+from test_packing import reseal
+from train_gpt import BOS_ID, Config, RunContext, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+HYBRID = {
+    "vocab_size": 300,
+    "layer_pattern": "GASTA",
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "rope_dims": 4,
+    "gdn_qk_heads": 1,
+    "gdn_v_heads": 2,
+    "gdn_head_dim": 8,
+    "window_size": 8,
+    "xsa_layers": "1,4",
+    "ve_layers": "1,2,4",
+    "ve_dim": 16,
+    "attn_sink": True,
+    "attn_gate_width": 4,
+    "bigram_vocab_size": 64,
+    "bigram_dim": 16,
+    "trigram_hash": True,
+    "smear_gate": True,
+    "shared_layers": "1,4",
+    "loop_start": 2,
+    "loop_end": 3,
+    "num_loops": 1,
+    "unet_skips": True,
+    "train_seq_len": 32,
+    "gptq_calibration_batches": 5,
+    "max_wallclock_seconds": 0.0,
+    "device": "cpu",
+}
+
+
+def randomized(cfg: Config, seed: int = 0) -> train_gpt.GPT:
+    """A model whose zero-initialised parts are not zero: as if trained."""
+    model = train_gpt.build_model(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if param.dim() == 2 and "tok_emb" not in name:
+                columns = (0.5 * torch.randn(param.size(1), generator=generator)).exp()
+                param.copy_(noise * columns / param.size(1) ** 0.5)
+            elif "tok_emb" in name:
+                param.copy_(0.3 * noise)
+            else:
+                param.add_(0.1 * noise)
+    model.looping = bool(cfg.num_loops)
+    return model.eval()
+
+
+def hessian(columns: int, rows: int = 0, seed: int = 0) -> torch.Tensor:
+    """Second moments of correlated inputs of very unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows or 4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = x * (1.5 * torch.randn(columns, generator=generator)).exp()
+    return x.T @ x / len(x)
+
+
+def weighted(delta: torch.Tensor, h: torch.Tensor) -> float:
+    return float((delta.double() @ h.double() * delta.double()).sum())
+
+
+# -- matrices ----------------------------------------------------------------------------------------------------------
+def naive_gptq(weight: torch.Tensor, h: torch.Tensor, bits: int, clip: float, damp: float) -> torch.Tensor:
+    """GPTQ as optimal brain surgery, column by column: round one, compensate on the others, remove it from H⁻¹. float64."""
+    weight, h = weight.double().clone(), h.double()
+    scale, top = Q.row_scales(weight.float(), bits, clip).double(), Q.largest_code(bits)
+    order = h.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.linalg.inv(h + damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype))
+    codes = torch.zeros_like(weight)
+    for column in order.tolist():
+        codes[:, column] = (weight[:, column] / scale).round().clamp(-top, top)
+        error = (weight[:, column] - codes[:, column] * scale) / inverse[column, column]
+        weight -= error[:, None] * inverse[column]
+        inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+        inverse[column, column] = 1.0  # done with: keeps later divisions sane
+    return codes
+
+
+@pytest.mark.parametrize("block", [1, 5, 128])
+@pytest.mark.parametrize("shape", [(6, 12), (9, 33)])
+def test_gptq_equals_naive_twin(shape, block):
+    weight, h = torch.randn(shape, generator=torch.Generator().manual_seed(1)), hessian(shape[1])
+    naive = naive_gptq(weight, h, 5, 6.0, 0.01)
+    solved = Q.gptq_batch(weight[None], Q.prepare_hessian(h[None], 0.01), 5, 6.0, block=block)
+    same = (solved.codes[0] == naive).float().mean()
+    scale = Q.row_scales(weight, 5, 6.0)[:, None]
+    assert same > 0.98  # a value on the edge between two symbols may fall either way in float32
+    assert weighted(solved.dequantized()[0] - weight, h) <= 1.01 * weighted(naive.float() * scale - weight, h)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(16, 24), (1, 40), (24, 1), (3, 130), (64, 64)])
+def test_gptq_is_never_worse_than_rtn(shape, bits):
+    for seed in range(3):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+        h = hessian(shape[1], rows=0 if seed else max(1, shape[1] // 2), seed=seed)  # also rank-deficient
+        for clip in (2.0, 12.85):
+            codes, scales, restored = Q.gptq(weight, h, bits, clip)
+            _, _, nearest = Q.quantize_rtn(weight, bits, clip)
+            assert codes.dtype == torch.int8 and scales.dtype == torch.float16
+            assert codes.abs().max() <= Q.largest_code(bits)
+            assert torch.equal(restored, codes.float() * scales.float()[:, None])
+            assert weighted(restored - weight, h) <= weighted(nearest - weight, h) * (1 + 1e-5)
+
+
+def test_gptq_halves_rtns_error_on_correlated_inputs():
+    weight, h = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), hessian(96)
+    solved = Q.gptq_batch(weight[None], Q.prepare_hessian(h[None]), 6, 12.85)
+    assert float(solved.error) < 0.5 * float(solved.rtn_error) < 0.01 * float(solved.power)
+
+
+def test_batch_equals_one_by_one():
+    weight = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    h = torch.stack([hessian(20, seed=seed) for seed in range(3)])
+    clips = torch.tensor([5.0, 9.0, 13.0])
+    batch = Q.gptq_batch(weight, Q.prepare_hessian(h), 6, clips)
+    for i in range(3):
+        codes, scales, _ = Q.gptq(weight[i], h[i], 6, float(clips[i]))
+        assert torch.equal(batch.codes[i], codes) and torch.equal(batch.scales[i].half(), scales)
+
+
+def test_dead_columns_and_constant_rows():
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    weight[2], weight[3], weight[4] = 0.7, 0.0, -1e-9
+    h = hessian(16)
+    h[5], h[:, 5] = 0.0, 0.0
+    codes, scales, restored = Q.gptq(weight, h, 6, 12.85)
+    assert not codes[:, 5].any() and torch.isfinite(restored).all()
+    assert not restored[3].any() and scales[3] == 1
+    _, _, nearest = Q.quantize_rtn(weight, 6, 12.85)
+    assert torch.allclose(nearest[2], weight[2], rtol=1e-3)
+    dead = Q.gptq(weight, torch.zeros(16, 16), 6, 12.85)
+    assert not dead[0].any()  # a layer that never ran
+
+
+def test_sdclip_scale_is_as_defined():
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    expected = (12.85 * weight.std(dim=1, unbiased=False) / 31).half()
+    assert torch.equal(Q.row_scales(weight, 6, 12.85).half(), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(bad):
+    weight, h = torch.randn(4, 6), hessian(6)
+    broken = weight.clone()
+    broken[1, 2] = bad
+    with pytest.raises(UserError, match="not finite"):
+        Q.gptq(broken, h, 6, 12.85)
+    with pytest.raises(UserError, match="not finite"):
+        Q.quantize_rtn(broken, 6, 12.85)
+    h[0, 0] = bad
+    with pytest.raises(UserError, match="not finite"):
+        Q.gptq(weight, h, 6, 12.85)
+    with pytest.raises(UserError, match="float16"):
+        Q.quantize_rtn(weight * 1e8, 6, 12.85)
+
+
+def test_inverse_factor():
+    h = torch.stack([hessian(20, seed=seed) for seed in range(2)])
+    factor = Q.inverse_factor(h, 0.01).double()
+    for one, upper in zip(h.double(), factor):
+        damped = one + 0.01 * one.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+        assert torch.equal(upper, upper.triu())
+        assert torch.allclose(upper.T @ upper @ damped, torch.eye(20, dtype=torch.float64), atol=1e-3)
+
+
+def test_pruning_keeps_zeros_and_compensates():
+    weight, h = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), hessian(32)
+    keep = Q.prune_mask(weight, 0.25)
+    assert int((~keep).sum()) == 128 and weight[~keep].abs().max() <= weight[keep].abs().min()
+    solved = Q.gptq_batch(weight[None], Q.prepare_hessian(h[None]), 8, 12.85, keep=keep[None])
+    assert not solved.codes[0][~keep].any()
+    assert weighted(solved.dequantized()[0] - weight, h) < 0.7 * weighted(weight * keep - weight, h)
+
+
+# -- rotation ----------------------------------------------------------------------------------------------------------
+def logits_of(model: train_gpt.GPT, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(2, model.cfg.vocab_size, (2, 24), generator=torch.Generator().manual_seed(seed))
+    ids[:, 10] = BOS_ID
+    with torch.no_grad():
+        return model(ids)
+
+
+def test_hadamard_matrix():
+    for size in (1, 2, 8, 64):
+        matrix = Q.hadamard(size)
+        assert torch.equal(matrix, matrix.T)
+        assert torch.allclose(matrix @ matrix, torch.eye(size, dtype=torch.float64), atol=1e-12)
+
+
+def test_rotation_leaves_the_function_unchanged():
+    """Through XSA, sinks, gates, value embeddings, GQA, a shared mixer and depth recurrence."""
+    model = randomized(Config(**HYBRID))
+    before, value = logits_of(model), model.blocks[1].mixer.c_v.weight.detach().clone()
+    skipped = Q.rotate_values(model)
+    assert not torch.allclose(value, model.blocks[1].mixer.c_v.weight, atol=1e-3)
+    assert torch.allclose(before, logits_of(model), atol=2e-4)
+    assert [line.split()[0] for line in skipped] == ["blocks.0", "blocks.3"]  # GDN and token shift, by name
+
+
+def test_rotation_says_what_it_skips():
+    model = randomized(Config(**{**HYBRID, "model_dim": 24, "layer_pattern": "AA", "xsa_layers": "", "shared_layers": "",
+                                 "ve_layers": "", "num_loops": 0, "loop_end": 0, "loop_start": 0}))  # fmt: skip
+    before = logits_of(model)
+    assert all("head dim 6" in line for line in Q.rotate_values(model))
+    assert torch.equal(before, logits_of(model))
+
+
+# -- runs on disk ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Tokenizer, shards and a run of random weights: what quantize.py finds after training."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 6))) for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(2000)))
+    for name, size in (("tokenizer", 300), ("other", 300)):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(folder / "text.txt"), model_prefix=str(folder / name), vocab_size=size, model_type="bpe", byte_fallback=True,
+            character_coverage=1.0 if name == "tokenizer" else 0.999, minloglevel=2, unk_id=0, bos_id=1, eos_id=2,
+            split_digits=name == "other",
+        )  # fmt: skip
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6000), ("val", 1500)):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, count
+        tokens = generator.zipf(1.3, count).clip(0, 200) + 40
+        tokens[::97] = BOS_ID
+        (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    save_run(folder, "run", Config(**HYBRID, **paths(folder)))
+    return folder
+
+
+def paths(folder: Path) -> dict:
+    return {"data_path": str(folder), "tokenizer_path": str(folder / "tokenizer.model"), "runs_dir": str(folder)}
+
+
+def save_run(folder: Path, name: str, cfg: Config, spoil=lambda weights: None) -> Path:
+    weights = {key: value.detach().clone() for key, value in randomized(cfg).named_parameters()}
+    spoil(weights)
+    meta = {
+        "config": cfg.to_dict(), "looping": bool(cfg.num_loops), "steps": 1, "tokens": 1, "train_seconds": 10.0, "world_size": 1,
+        "device": "cpu", "torch": torch.__version__, "tokenizer_sha256": train_gpt.tokenizer_hash(cfg.tokenizer_path),
+    }  # fmt: skip
+    (folder / name).mkdir()
+    train_gpt.save_tensors(folder / name / "model.safetensors", weights, meta)
+    return folder / name
+
+
+def clone_run(world: Path, target: Path) -> Path:
+    target.mkdir()
+    (target / "model.safetensors").write_bytes((world / "run" / "model.safetensors").read_bytes())
+    return target
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """No setting of the caller's environment."""
+    for spec in train_gpt.settings():
+        monkeypatch.delenv(spec.name.upper(), raising=False)
+    monkeypatch.delenv("PRESET", raising=False)
+    return monkeypatch
+
+
+def quantizer_for(world: Path, **changes) -> Q.Quantizer:
+    cfg = Config(**{**HYBRID, **paths(world), **changes})
+    quantizer = Q.Quantizer(world / "run", cfg, RunContext())
+    quantizer.calibrate()
+    return quantizer
+
+
+@pytest.fixture(scope="session")
+def quantizer(world) -> Q.Quantizer:
+    return quantizer_for(world)
+
+
+def test_hessians_see_every_call_of_every_linear(world):
+    """Against inputs recorded by hand; recurrence and shared mixers run several times; the head's come from the final norm."""
+    cfg = Config(**HYBRID, **paths(world))
+    model = randomized(cfg)
+    inputs: dict[str, list] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, train_gpt.Linear):
+            hook = lambda _, args, key=f"{name}.weight": inputs.setdefault(key, []).append(args[0].flatten(0, -2))
+            handles.append(module.register_forward_pre_hook(hook))
+    head = lambda _, args, out: inputs.setdefault("tok_emb.weight", []).append(out.flatten(0, -2))
+    handles.append(model.final_norm.register_forward_hook(head))
+    with torch.no_grad():
+        for batch in Q.calibration_batches(cfg, RunContext(), cfg.gptq_calibration_batches):
+            model(*batch)
+    for handle in handles:
+        handle.remove()
+    hessians, loss = Q.collect_hessians(model, cfg, RunContext())
+    matrices = {spec.name for spec in train_gpt.parameter_table(model, cfg) if spec.param.dim() == 2 and spec.role != "control"}
+    assert matrices == set(hessians), "a matrix without a Hessian"
+    for key, parts in inputs.items():
+        x = torch.cat(parts)
+        assert torch.allclose(hessians[key], x.T @ x / len(x), rtol=1e-4, atol=1e-6), key
+    once = sum(len(part) for part in inputs["blocks.0.mixer.q_proj.weight"])
+    assert sum(len(part) for part in inputs["blocks.1.mixer.c_q.weight"]) == 2 * once  # shared by layers 1 and 4
+    assert sum(len(part) for part in inputs["blocks.3.mlp.fc.weight"]) == 2 * once  # looped
+    assert np.isfinite(loss)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_calibration_reads_training_shards_only(world, monkeypatch):
+    opened = []
+    original = train_gpt.load_shard
+    monkeypatch.setattr(train_gpt, "load_shard", lambda path, *rest: opened.append(Path(path).name) or original(path, *rest))
+    quantizer_for(world, gptq_calibration_batches=1)
+    assert opened and all(name.startswith("fineweb_train_") for name in opened)
+    with pytest.raises(AssertionError):
+        train_gpt.TokenStream(world, 300, split="val")
+
+
+WORKER = """
+import sys, torch, quantize as Q, train_gpt
+from pathlib import Path
+ctx = train_gpt.setup_distributed("cpu")
+cfg = train_gpt.Config.from_dict(train_gpt.load_run(sys.argv[1])[0])
+quantizer = Q.Quantizer(Path(sys.argv[1]), cfg, ctx)
+quantizer.calibrate()
+torch.save({"loss": quantizer.float_loss, **quantizer.hessians}, f"{sys.argv[2]}.{ctx.rank}")
+ctx.close()
+"""
+
+
+def test_two_processes_see_what_one_sees(world, quantizer, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py"]
+    subprocess.run([*command, str(world / "run"), "out"], cwd=tmp_path, env=environment, check=True, timeout=120, capture_output=True)
+    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2)]
+    for key, value in quantizer.hessians.items():
+        assert torch.equal(ranks[0][key], ranks[1][key]), key
+        assert torch.allclose(ranks[0][key], value, rtol=1e-4, atol=1e-6 * float(value.abs().max())), key
+    assert ranks[0]["loss"] == pytest.approx(quantizer.float_loss, abs=1e-6)
+
+
+def shapes_of(quantizer: Q.Quantizer) -> dict:
+    return {name: tuple(param.shape) for name, param in quantizer.model.named_parameters()}
+
+
+def test_every_unit_beats_rtn_and_every_parameter_returns(quantizer):
+    packed = quantizer.pack(*quantizer.units())
+    for unit in packed.units:
+        if unit.bits:
+            solution = packed.solutions[unit.name]
+            assert solution.error <= solution.rtn_error * (1 + 1e-6), unit.name
+    weights = Q.restore_weights(packed.records, shapes_of(quantizer))
+    for spec in train_gpt.parameter_table(quantizer.model, quantizer.cfg):
+        if spec.role == "control":
+            assert torch.equal(weights[spec.name], spec.param.half().float()), spec.name
+        else:
+            assert (weights[spec.name] - spec.param).norm() < 0.3 * spec.param.norm(), spec.name
+    assert {unit.role for unit in packed.units} == {"attn", "control", "embed", "gdn", "hash", "mlp", "proj", "shift"}
+
+
+def test_bits_by_role_and_name(quantizer):
+    units = lambda text: {u.name: u.bits for u in quantizer.units(quantizer.cfg.replace(bits_override=text))[0]}
+    assert {bits for name, bits in units("mlp:5").items() if ".mlp." in name} == {5}
+    mixed = units("attn:5,attn.proj:7,blocks.2.mixer.c_k:3,*.mlp.fc.weight:4,embed:16")
+    assert mixed["blocks.1.mixer.proj.weight"] == 7 and mixed["blocks.1.mixer.c_q.weight"] == 5
+    assert mixed["blocks.2.mixer.c_k.weight"] == 3 and mixed["blocks.0.mlp.fc.weight"] == 4
+    assert mixed["tok_emb.weight"] == 0 and mixed["blocks.0.mlp.proj.weight"] == 6
+    for text in ("mlp", "mlp:1", "mlp:9", "mlp:x", "nothing:5", ":5", "control:6"):
+        with pytest.raises(UserError, match="BITS_OVERRIDE"):
+            units(text)
+
+
+def test_embedding_split_by_frequency(quantizer):
+    cfg = quantizer.cfg.replace(embed_split_top=101, embed_split_bits=5)
+    packed = quantizer.pack(*quantizer.units(cfg), cfg)
+    by_name = {record.name: record for record in packed.records}
+    assert (by_name["tok_emb.weight@top"].bits, by_name["tok_emb.weight@rest"].bits) == (8, 5)
+    counts = Q.token_counts(cfg)
+    top = np.unpackbits(by_name["tok_emb.weight@rows"].data)[: cfg.vocab_size].astype(bool)
+    assert top.sum() == 101 and counts[top].min() >= counts[~top].max()
+    restored = Q.restore_weights(packed.records, shapes_of(quantizer))["tok_emb.weight"]
+    error = (restored - quantizer.model.tok_emb.weight).norm(dim=1) / quantizer.model.tok_emb.weight.norm(dim=1)
+    assert error[torch.from_numpy(top)].max() < error[torch.from_numpy(~top)].min()
+
+
+def test_low_rank_correction(quantizer):
+    cfg = quantizer.cfg.replace(lqer_rank=4, lqer_top=2, matrix_bits=3)
+    plain, corrected = (quantizer.pack(*quantizer.units(c), c) for c in (cfg.replace(lqer_rank=0), cfg))
+    names = {record.name.partition("@")[0] for record in corrected.records if "@lqer" in record.name}
+    assert len(names) == 2
+    weights = [Q.restore_weights(packed.records, shapes_of(quantizer)) for packed in (plain, corrected)]
+    params = dict(quantizer.model.named_parameters())
+    for name in names:
+        errors = [weighted(w[name] - params[name].detach(), quantizer.hessians[name]) for w in weights]
+        assert errors[1] < errors[0]
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+def test_search_lands_under_its_target(world, quantizer):
+    size = len(quantizer.pack(*quantizer.units()).data) + Q.code_bytes()
+    for target in (size - 9000, size + 6000):
+        other = quantizer_for(world, target_bytes=target, gptq_calibration_batches=2)
+        packed, report = Q.search_target(other, target, 60, lambda line: None)
+        total = len(packed.data) + Q.code_bytes()
+        assert target - 20_000 <= total <= target and total == report["total"]
+        assert len(report["trials"]) <= Q.SEARCH_TRIALS
+        assert set(report["weighted_error"]) == {"attn", "embed", "gdn", "hash", "mlp", "proj", "shift"}
+
+
+def test_search_takes_bits_where_clips_do_not_suffice(world, quantizer, monkeypatch):
+    monkeypatch.setattr(Q, "STEP_MOST", 1.2)
+    size = len(quantizer.pack(*quantizer.units()).data) + Q.code_bytes()
+    packed, report = Q.search_target(quantizer, size - 14_000, 60, lambda line: None)
+    assert report["bits_dropped"] and report["total"] <= size - 14_000
+    assert min(unit.bits for unit in packed.units if unit.bits) < 6
+
+
+def test_search_says_when_even_the_finest_grid_is_small(quantizer):
+    lines = []
+    packed, report = Q.search_target(quantizer, 16_000_000, 60, lines.append)
+    assert "finest grid" in report["note"] and len(report["trials"]) <= 3
+    assert {unit.bits for unit in packed.units if unit.bits} == {8}
+
+
+def test_search_refuses_the_impossible(quantizer):
+    with pytest.raises(UserError, match="TARGET_BYTES=50000"):
+        Q.search_target(quantizer, 50_000, 60, lambda line: None)
+
+
+def test_balanced_roles_keep_the_bytes():
+    weights = {"a": 1000, "b": 3000, "c": 500}
+    ratios = Q.balance_roles({"a": 0.004, "b": 0.006, "c": 0.002}, weights)
+    assert sum(weights[role] * np.log2(ratio) for role, ratio in ratios.items()) == pytest.approx(0, abs=1e-6)
+    assert ratios["b"] > ratios["a"]  # less loss a weight: coarser
+    wild = Q.balance_roles({"a": -0.1, "b": 0.5, "c": 0.0}, weights)
+    assert all(Q.RATIO_LIMITS[0] - 1e-9 <= ratio <= Q.RATIO_LIMITS[1] + 1e-9 for ratio in wild.values())
+
+
+def test_finer_steps_turn_into_bits():
+    unit = Q.Unit("w", "w", "mlp", torch.zeros(1, 1), 6, 12.85)
+    for multiple in (2.0, 1.0, 0.7, 0.4, 0.2):
+        changed = Q.with_step(unit, multiple)
+        assert changed.step == pytest.approx(unit.step * multiple, rel=1e-6)
+        assert changed.clip_sigmas >= Q.CLIP_LEAST
+    assert Q.with_step(unit, 1e-3).bits == 8
+    assert Q.with_step(unit, 1.0, dropped=1).step == pytest.approx(unit.step * 31 / 15)
+
+
+# -- artifacts ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("compressor", ["brotli", "range"])
+def test_save_load_same_loss(world, clean, tmp_path, compressor):
+    clean.setenv("COMPRESSOR", compressor)
+    clean.setenv("HADAMARD_VO", "1")
+    run = clone_run(world, tmp_path / "run")
+    Q.quantize_command(run, compare=True, search_seconds=10)
+    report = json.loads((run / "quantize.json").read_text())
+    assert sorted(path.name for path in run.iterdir()) == ["artifact.bin", "evaluate.py", "model.safetensors", "quantize.json"]
+    assert report["bytes_model"] == (run / "artifact.bin").stat().st_size
+    assert report["bytes_total"] == report["bytes_model"] + (run / "evaluate.py").stat().st_size
+    assert report["bytes_code"] == Q.code_bytes()
+    assert report["train_seconds_with_calibration"] == pytest.approx(10 + report["seconds"]["calibration"], abs=2e-3)
+    artifact = Q.load_artifact(run / "artifact.bin")
+    assert artifact.model.looping is True and artifact.bytes_model == report["bytes_model"]
+
+    cfg = artifact.cfg
+    other = Q.Quantizer(run, cfg, RunContext())
+    other.calibrate()
+    packed = other.pack(*other.units())
+    train_gpt.load_weights(other.model, Q.restore_weights(packed.records, shapes_of(other)))
+    tokens = train_gpt.load_tokens(world, "val", 300)[:65].long()[None]
+    with torch.no_grad():
+        assert torch.equal(other.model(tokens), artifact.model(tokens))
+
+
+def test_artifact_is_the_same_every_time(world, clean, tmp_path):
+    images = []
+    for name in "ab":
+        run = clone_run(world, tmp_path / name)
+        Q.quantize_command(run, compare=False, search_seconds=10)
+        header, payload = packing.read_header((run / "artifact.bin").read_bytes())
+        images.append((header["tensors"], header["streams"], bytes(payload)))
+    assert images[0] == images[1]
+
+
+@pytest.fixture(scope="session")
+def artifact(world, tmp_path_factory) -> bytes:
+    quantizer = quantizer_for(world, gptq_calibration_batches=1, embed_split_top=50, lqer_rank=2, compressor="range")
+    return quantizer.pack(*quantizer.units()).data
+
+
+def test_fuzzed_artifacts_never_load(artifact, clean, tmp_path):
+    rng, path = random.Random(0), tmp_path / "artifact.bin"
+    for _ in range(1500):
+        damaged = bytearray(artifact)
+        kind = rng.randrange(3)
+        if kind == 0:
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del damaged[rng.randrange(len(damaged)) :]
+        else:
+            damaged += rng.randbytes(rng.randrange(1, 9))
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            Q.load_artifact(path)
+        assert str(path) in str(caught.value)
+
+
+def forged(artifact: bytes, change) -> bytes:
+    header, payload = packing.read_header(artifact)
+    change(header)
+    return packing.seal(header, bytes(payload))
+
+
+FORGERIES = [
+    lambda h: h.pop("config"),
+    lambda h: h.pop("looping"),
+    lambda h: h.__setitem__("looping", "yes"),
+    lambda h: h.__setitem__("config", [1]),
+    lambda h: h["config"].__setitem__("model_dim", 1 << 40),
+    lambda h: h["config"].__setitem__("model_dim", 64),
+    lambda h: h["config"].__setitem__("num_heads", 0),
+    lambda h: h["config"].__setitem__("layer_pattern", "A" * 100_000),
+    lambda h: h["config"].__setitem__("layer_pattern", "AAAAA"),
+    lambda h: h["config"].__setitem__("mlp_mult", 15.0),
+    lambda h: h["config"].__setitem__("vocab_size", "many"),
+    lambda h: h["config"].__setitem__("surprise", 1),
+    lambda h: h["tensors"][0].__setitem__(0, "other.weight"),
+    lambda h: h["tensors"][0].__setitem__(0, 5),
+    lambda h: h["tensors"][-1].__setitem__(3, [1 << 26, 1]),
+    lambda h: h.__setitem__("tensors", None),
+    lambda h: h.__setitem__("streams", None),
+    lambda h: h.__setitem__("tokenizer_sha256", "0" * 64),
+    lambda h: h.pop("tokenizer_sha256"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FORGERIES)))
+def test_forged_headers_never_load(artifact, clean, tmp_path, number):
+    (tmp_path / "artifact.bin").write_bytes(forged(artifact, FORGERIES[number]))
+    with pytest.raises(UserError):
+        Q.load_artifact(tmp_path / "artifact.bin")
+
+
+def test_forged_payloads_load_or_fail_cleanly(artifact, clean, tmp_path):
+    rng, start = random.Random(0), packing._HEAD.size + packing._HEAD.unpack_from(artifact)[3]
+    for _ in range(25):
+        damaged = bytearray(artifact)
+        damaged[rng.randrange(start, len(damaged))] ^= 1 << rng.randrange(8)
+        (tmp_path / "artifact.bin").write_bytes(reseal(bytes(damaged)))
+        try:
+            loaded = Q.load_artifact(tmp_path / "artifact.bin")
+        except UserError:
+            continue
+        assert all(torch.isfinite(param).all() for param in loaded.model.parameters())
+
+
+def test_artifact_of_another_tokenizer_or_model(artifact, world, clean, tmp_path):
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(artifact)
+    assert Q.load_artifact(path).cfg.vocab_size == 300
+    clean.setenv("TOKENIZER_PATH", str(world / "other.model"))
+    with pytest.raises(UserError, match="another tokenizer"):
+        Q.load_artifact(path)
+    clean.delenv("TOKENIZER_PATH")
+    clean.setenv("MODEL_DIM", "64")
+    with pytest.raises(UserError, match="MODEL_DIM"):
+        Q.load_artifact(path)
+    clean.setenv("MODEL_DIM", "32")
+    clean.setenv("EVAL_STRIDE", "7")
+    assert Q.load_artifact(path).cfg.eval_stride == 7
+
+
+# -- faults of input ---------------------------------------------------------------------------------------------------
+def run_cli(*arguments: str, cwd: Path = ROOT, script: Path = ROOT / "quantize.py", **environment: str):
+    names = {spec.name.upper() for spec in train_gpt.settings()} | {"PRESET"}
+    base = {key: value for key, value in os.environ.items() if key not in names}
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=cwd, env={**base, "OMP_NUM_THREADS": "1", **environment}, capture_output=True,
+        text=True, timeout=150,
+    )  # fmt: skip
+
+
+def test_faults_are_one_line_and_exit_code_2(world, tmp_path):
+    done = run_cli(str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_faults_leave_nothing_half_written(world, clean, tmp_path):
+    run = clone_run(world, tmp_path / "run")
+    for name, value in (
+        ("BITS_OVERRIDE", "mlp:x"), ("TARGET_BYTES", "1000"), ("DATA_PATH", str(tmp_path / "no")), ("MATRIX_BITS", "nine"),
+        ("TOKENIZER_PATH", str(world / "other.model")), ("EMBED_BITS", "99"), ("MODEL_DIM", "48"),
+    ):  # fmt: skip
+        with clean.context() as context:
+            context.setenv(name, value)
+            with pytest.raises(UserError):
+                Q.quantize_command(run, compare=False, search_seconds=5)
+        assert [path.name for path in run.iterdir()] == ["model.safetensors"], name
+
+    def spoil(weights):
+        weights["blocks.0.mlp.fc.weight"][0, 0] = float("nan")
+
+    broken = save_run(tmp_path, "broken", Config(**HYBRID, **paths(world)), spoil)
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc\.weight is not finite"):
+        Q.quantize_command(broken, compare=False, search_seconds=5)
+    (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError):
+        Q.quantize_command(run, compare=False, search_seconds=5)
+
+
+# -- code and bundle ---------------------------------------------------------------------------------------------------
+def test_stripped_source_is_the_same_program():
+    source = '''"""Module."""
+# comment
+
+def f(a):  # trailing
+    """Doc."""
+    text = """keeps  # this
+
+    and blank lines"""
+    return f"{a}#" + text  # end
+
+class Only:
+    """Nothing else in here."""
+'''
+    stripped = Q.strip_source(source)
+    assert "# comment" not in stripped and "Doc." not in stripped and "keeps  # this\n\n    and" in stripped
+    assert '"""Module."""' in stripped and "Nothing else" in stripped
+    scope, original = {}, {}
+    exec(stripped, scope)
+    exec(source, original)
+    assert scope["f"](1) == original["f"](1)
+    for path in Q.evaluation_modules():
+        assert Q.strip_source(Q.strip_source(path.read_text())) == Q.strip_source(path.read_text())
+
+
+def test_code_script_is_deterministic_and_complete(tmp_path):
+    assert Q.code_script() == Q.code_script() and Q.code_bytes() == len(Q.code_script())
+    names = {path.name for path in Q.evaluation_modules()}
+    assert {"train_gpt.py", "quantize.py", "packing.py"} <= names and not any(name.startswith("test_") for name in names)
+    (tmp_path / "evaluate.py").write_bytes(Q.code_script())
+    assert zipfile.ZipFile(tmp_path / "evaluate.py").namelist() == ["__main__.py", "code"]
+    assert Q.code_bytes() < 120_000
+
+
+@pytest.mark.skipif(not (ROOT / "eval_ttt.py").is_file(), reason="needs eval_ttt.py")
+def test_bundle_runs_on_its_own(world, clean, tmp_path):
+    run = clone_run(world, tmp_path / "run")
+    (run / "train.log").write_text("log\n")
+    Q.quantize_command(run, compare=False, search_seconds=5)
+    with pytest.raises(UserError, match=r"eval\.json"):
+        Q.bundle_command(run, tmp_path / "submission", "", "", "", "")
+    settings = {"TTT_EPOCHS": "1", "TTT_CHUNK_TOKENS": "256", "EVAL_STRIDE": "16"}
+    done = run_cli(str(run / "artifact.bin"), script=ROOT / "eval_ttt.py", **settings)
+    assert done.returncode == 0, done.stderr
+    expected = json.loads((run / "eval.json").read_text())
+
+    out = tmp_path / "submission"
+    submission = Q.bundle_command(run, out, "A. Author", "author", "name", "track")
+    assert {path.name for path in out.iterdir()} >= {"artifact.bin", "evaluate.py", "submission.json", "README.md", "train.log"}
+    assert submission["bytes_total"] == sum((out / name).stat().st_size for name in ("artifact.bin", "evaluate.py"))
+    assert submission["val_bpb"] == expected["val_bpb"]
+    assert str(world).encode() not in json.dumps(packing.read_header((out / "artifact.bin").read_bytes())[0]).encode()
+    assert not list(tmp_path.glob(".submission*"))
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name in ("artifact.bin", "evaluate.py"):
+        (empty / name).write_bytes((out / name).read_bytes())
+    done = run_cli(cwd=empty, script=Path("evaluate.py"), DATA_PATH=str(world), TOKENIZER_PATH=str(world / "tokenizer.model"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((empty / "eval.json").read_text())
+    assert result["val_bpb"] == pytest.approx(expected["val_bpb"], abs=1e-6)
+    assert result["bytes_code"] == submission["bytes_code"] and result["bytes_total"] == submission["bytes_total"]
+
+    (out / "submission.json").unlink()
+    with pytest.raises(UserError, match="not empty"):
+        Q.bundle_command(run, out, "", "", "", "")
+
+
+def test_table(world, clean, tmp_path, capsys):
+    run = clone_run(world, tmp_path / "run")
+    clean.setenv("VAL_TOKENS", "500")
+    Q.table_command(run, ["gptq6", "rtn6-bytes", "hadamard"])
+    rows = {row["variant"]: row for row in json.loads((run / "quantization_table.json").read_text())["rows"]}
+    assert set(rows) == {"float", "gptq6", "rtn6-bytes", "hadamard"}
+    assert rows["rtn6-bytes"]["bytes"] == pytest.approx(rows["gptq6"]["bytes"], rel=0.01)
+    with pytest.raises(UserError, match="unknown variant"):
+        Q.table_command(run, ["nothing"])
