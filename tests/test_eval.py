@@ -1,0 +1,322 @@
+"""Score-first evaluation: coverage, TTT in all its forms, ranks, experts in the loop, and the command itself."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import audit
+import eval_ttt
+from audit import FAIL, NOT_CHECKED, PASS
+from eval_ttt import Chunk, ScoreFirstEvaluator, chunk_lr, plan_chunks
+from train_gpt import BOS_ID, ByteTable, Config, RunContext, UserError, build_model, evaluate, parameter_table
+
+VOCAB = 32
+SMALL = dict(
+    vocab_size=VOCAB, layer_pattern="GTA", model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, gdn_qk_heads=2, gdn_v_heads=2,
+    gdn_head_dim=8, bigram_vocab_size=32, bigram_dim=8, smear_gate=True, tied_embed_init_std=0.3, train_seq_len=24, eval_stride=8,
+    ttt_chunk_tokens=64, ttt_epochs=2, ttt_lr=0.02, ttt_batch_seqs=2, eval_batch_seqs=3, expert_block_tokens=16, ngram_order=4,
+    audit_samples=8, audit_places=4, tokenizer_path="", data_path="",
+)  # fmt: skip
+
+
+def config(**changes) -> Config:
+    return Config.from_dict({**Config().to_dict(), **SMALL, **changes})
+
+
+def stream(n: int, seed: int = 0) -> torch.Tensor:
+    """Documents of repeated phrases, so that learning pays."""
+    g = torch.Generator().manual_seed(seed)
+    phrases = [torch.randint(2, VOCAB, (7,), generator=g).tolist() for _ in range(4)]
+    tokens: list[int] = []
+    while len(tokens) < n:
+        tokens += [BOS_ID] + [t for _ in range(int(torch.randint(2, 9, (1,), generator=g))) for t in phrases[len(tokens) % 4]]
+    return torch.tensor(tokens[:n], dtype=torch.int32)
+
+
+def byte_table() -> ByteTable:
+    control = torch.zeros(VOCAB, dtype=torch.bool)
+    control[:2] = True
+    sizes = torch.arange(VOCAB) % 5 + 1
+    sizes[:2] = 0
+    return ByteTable(sizes, torch.zeros(VOCAB, dtype=torch.bool), control, dummy_prefix=False)
+
+
+def evaluator(cfg: Config, ctx: RunContext | None = None) -> ScoreFirstEvaluator:
+    return ScoreFirstEvaluator(randomized(cfg), cfg, byte_table(), ctx or RunContext())
+
+
+def randomized(cfg: Config):
+    """A model in which every path carries signal (zero-initialised projections would hide what passes through them)."""
+    model = build_model(cfg)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for param in model.parameters():
+            if not param.any():
+                param.copy_(torch.randn(param.shape, generator=g) * 0.05)
+    return model.eval()
+
+
+# ---- plans ----
+
+
+def test_chunks_cover_every_target_once_in_order():
+    for n, reset in ((2, 0), (65, 0), (66, 0), (200, 1), (129, 1)):
+        tokens = stream(n)
+        chunks = plan_chunks(tokens, config(ttt_reset_per_doc=reset))
+        assert [t for c in chunks for t in range(c.start, c.end)] == list(range(n - 1))
+        assert all(c.end - c.start <= 64 for c in chunks)
+        if reset:  # a document starts a chunk, and only there is everything forgotten
+            assert {c.start for c in chunks if c.fresh} == {i for i in range(n - 1) if tokens[i] == BOS_ID}
+    assert plan_chunks(stream(500), config(ttt_enabled=False)) == [Chunk(0, 499)]
+
+
+def test_schedules():
+    cosine = [chunk_lr(config(ttt_lr=0.1), i, 11) for i in range(11)]
+    assert cosine[0] == pytest.approx(0.1) and cosine[5] == pytest.approx(0.05) and cosine[10] == pytest.approx(0)
+    adaptive = [chunk_lr(config(ttt_lr=0.1, ttt_lr_schedule="adaptive"), i, 11) for i in range(11)]
+    ratios = [round(a / c, 9) for a, c in zip(adaptive[:10], cosine)]
+    assert ratios[0] == 1 and max(ratios) == 3 and ratios == sorted(ratios)
+    assert {chunk_lr(config(ttt_lr_schedule="constant"), i, 5) for i in range(5)} == {0.02}
+    assert {chunk_lr(config(ttt_reset_per_doc=True), i, 5) for i in range(5)} == {0.02}  # a document's length is not known in advance
+
+
+# ---- scoring ----
+
+
+@pytest.mark.parametrize("targets,seq_len,stride,chunk,block", [
+    (1, 24, 8, 64, 16), (23, 24, 8, 64, 16), (131, 24, 24, 50, 7), (200, 24, 5, 61, 16), (97, 40, 1, 13, 4), (150, 64, 16, 1000, 1000),
+])  # fmt: skip
+def test_learning_rate_zero_is_the_plain_sliding_evaluation(targets, seq_len, stride, chunk, block):
+    """Also with chunks shorter than the window, odd strides and tails, through the plain and through the experts' path."""
+    tokens = stream(targets + 1)
+    cfg = config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_tokens=chunk, expert_block_tokens=block, ttt_lr=0.0)
+    tested = evaluator(cfg)
+    plain = evaluate(tested.forward, tokens, byte_table(), cfg, RunContext(), seq_len, stride)
+    for sample in ((), (0, targets - 1)):
+        trace = tested.run(tokens, sample=sample)
+        assert trace.val_loss == pytest.approx(plain.val_loss, abs=2e-6) and trace.bytes_scored == plain.bytes_scored
+        assert trace.val_bpb == pytest.approx(plain.val_bpb, abs=2e-6)
+        assert trace.ledger.coverage.tolist() == [1] * targets
+    assert sorted(trace.rows) == sorted({0, targets - 1})
+    for t, row in trace.rows.items():
+        assert -math.log(row[int(tokens[t + 1])]) == pytest.approx(trace.ledger.nll[t].item(), abs=1e-5)
+
+
+FORMS = [
+    dict(ttt_optimizer="sgd"),
+    dict(ttt_optimizer="sgd", ttt_nesterov=False, ttt_momentum=0.0, ttt_grad_clip=0.0),
+    dict(ttt_optimizer="adamw", ttt_lr=0.002, ttt_lr_schedule="adaptive"),
+    dict(ttt_params="mlp"),
+    dict(ttt_params="matrices", ttt_freeze_blocks=1),
+    dict(ttt_params="lora", ttt_lr=0.2, ttt_lora_rank=4),
+    dict(ttt_polyak=0.5),
+    dict(ttt_byte_weighted=True),
+    dict(ttt_params="lora", ttt_hash_buckets=64, ttt_hash_lr_mult=10.0),
+    dict(ttt_seq_len=40, ttt_lr_schedule="constant"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: ",".join(f"{k.removeprefix('ttt_')}={v}" for k, v in form.items()))
+def test_every_form_of_ttt_learns_from_scored_text_only(form):
+    tokens, cfg = stream(420), config(**form)
+    tested = evaluator(cfg)
+    plain = tested.sliding(tokens)
+    trace = tested.run(tokens)
+    assert trace.val_loss < plain.val_loss - 0.005
+    assert audit.check_score_before_update(trace).verdict == audit.check_single_pass(trace).verdict == PASS
+    assert trace.ledger.uses == {"training": 384}  # six chunks of 64; nothing would be scored after the last
+    again = tested.run(tokens)  # from a fresh state
+    assert torch.equal(again.ledger.nll, trace.ledger.nll)
+
+
+@pytest.mark.parametrize("params,freeze,moves", [
+    ("all", 1, lambda name, role: not name.startswith("blocks.0.")),
+    ("mlp", 0, lambda name, role: role == "mlp"),
+    ("matrices", 2, lambda name, role: role in ("mlp", "attn", "gdn", "shift", "proj") and not name.startswith(("blocks.0.", "blocks.1."))),
+    ("lora", 0, lambda name, role: False),
+])  # fmt: skip
+def test_only_the_chosen_parameters_move(params, freeze, moves):
+    cfg = config(ttt_params=params, ttt_freeze_blocks=freeze, ttt_lr=0.05)
+    model = randomized(cfg)
+    table = parameter_table(model, cfg)
+    before = {spec.name: spec.param.detach().clone() for spec in table}
+    tested = ScoreFirstEvaluator(model, cfg, byte_table(), RunContext())
+    tested.run(stream(200))
+    moved = {spec.name for spec in table if not torch.equal(spec.param, before[spec.name])}
+    assert moved == {spec.name for spec in table if moves(spec.name, spec.role)}
+    if params == "lora":
+        assert any(param.any() for name, param in model.named_parameters() if name.endswith("adapter.up"))
+    tested.trainer.reset()
+    assert all(torch.equal(spec.param, before[spec.name]) for spec in table)
+
+
+def test_reset_per_document_forgets():
+    """A document's scores don't depend on what TTT learned before it: only on the text its windows can see."""
+    tokens = stream(300)
+    cfg = config(ttt_reset_per_doc=True, ttt_chunk_tokens=16)
+    tested = evaluator(cfg)
+    trace = tested.run(tokens)
+    start = [i for i in range(len(tokens)) if tokens[i] == BOS_ID][2]
+    fresh = tested.run(tokens[start - 23 :])  # the windows' reach, so that the same positions see the same text
+    compare = slice(start + 24, start + 40)
+    assert trace.ledger.nll[compare].sum() != tested.sliding(tokens).val_loss  # it did learn inside the document
+    chunks = [c for c in plan_chunks(tokens, cfg) if c.fresh]
+    assert len(chunks) > 2 and fresh.ledger.coverage.min() == 1
+    static = evaluator(config(ttt_enabled=False)).run(tokens)
+    first = slice(chunks[1].start, min(chunks[1].start + 16, chunks[2].start))
+    assert torch.allclose(trace.ledger.nll[first], static.ledger.nll[first], atol=1e-5)  # just after a reset: the artifact's weights
+    second = slice(first.stop, first.stop + 4)
+    assert not torch.allclose(trace.ledger.nll[second], static.ledger.nll[second], atol=1e-5)
+
+
+def test_byte_weights_and_masks_weigh_each_target_once_an_epoch():
+    """The gradient of one step over a chunk equals that of the naive weighted mean over exactly the chunk's targets."""
+    cfg = config(ttt_byte_weighted=True, ttt_epochs=1, ttt_batch_seqs=50, ttt_momentum=0.0, ttt_grad_clip=0.0, ttt_lr=1.0, layer_pattern="T",
+                 ttt_seq_len=24)
+    tokens = stream(200)
+    tested = evaluator(cfg)
+    model_forward, chunk = tested.forward.forward, Chunk(64, 115)  # 51 targets: two sequences of 24 and one reaching back
+    before = [param.detach().clone() for param in tested.trainer.params]
+    starts, total = (64, 88, 91), 0.0
+    loss, weights = 0.0, byte_table().count(tokens[:-1], tokens[1:]).float()
+    for start, new in zip(starts, (64, 88, 112)):
+        nll = model_forward(tokens[None, start : start + 24].long(), tokens[None, start + 1 : start + 25].long(), reduction="none")[0]
+        for t in range(max(new, start), start + 24):
+            loss, total = loss + weights[t] * nll[t - start], total + weights[t]
+    (loss / total).backward()
+    want = [param.grad.clone() for param in tested.trainer.params]
+    tested.trainer.optimizer.zero_grad()
+    tested.trainer.learn(tokens, chunk, lr=1.0)
+    for param, old, grad in zip(tested.trainer.params, before, want):
+        assert torch.allclose(old - param.detach(), grad, atol=1e-5, rtol=1e-4)
+
+
+def test_polyak_scores_with_the_average_and_trains_on():
+    cfg = config(ttt_polyak=0.9, ttt_epochs=1)
+    trainer = evaluator(cfg).trainer
+    trainer.learn(stream(100), Chunk(0, 64), lr=0.05)
+    live = [param.detach().clone() for param in trainer.params]
+    with trainer.scoring_weights():
+        inside = [param.detach().clone() for param in trainer.params]
+    assert all(torch.equal(a, b) for a, b in zip(live, trainer.params))
+    assert all(torch.allclose(a, b) for a, b in zip(inside, trainer.average))
+    assert any(not torch.equal(a, b) for a, b in zip(inside, live))
+
+
+def test_divergence_is_an_error_with_its_place():
+    tested = evaluator(config(ttt_lr=1e30, ttt_grad_clip=0.0))
+    with pytest.raises(UserError, match="TTT_LR"):
+        tested.run(stream(300))
+
+
+# ---- experts in the loop ----
+
+WITH_EXPERTS = dict(experts="tilt,temperature,calibration,ngram,cache,unigram,bigram,trigram,entropy", tilt_order=0)
+
+
+def test_experts_gain_and_report_what_each_is_worth():
+    cfg = config(**WITH_EXPERTS, invalid_cache=True)
+    tested = evaluator(cfg)
+    tokens = stream(1200)
+    trace = tested.run(tokens)
+    assert trace.val_bpb < trace.bpb("neural_raw") - 0.05
+    assert trace.bpb("neural_raw") == pytest.approx(evaluator(config()).run(tokens).val_bpb, abs=1e-5)  # experts leave TTT alone
+    gains = eval_ttt.expert_gains(trace, tested.expert_config.names)
+    assert set(gains) == set(tested.expert_config.names)
+    assert all(math.isfinite(v) for gain in gains.values() for v in gain.values()) and gains["ngram"]["gain_bpb"] > 0
+    assert trace.invalid["mean_sum_over_vocabulary"] > 0 and trace.invalid["valid"] is False
+
+
+def test_the_whole_pipeline_passes_its_audit():
+    cfg = config(**WITH_EXPERTS, ttt_polyak=0.5, ttt_hash_buckets=32)
+    tested, tokens = evaluator(cfg), stream(260)
+    looking = eval_ttt.AuditedRun(tested, tokens)
+    trace = tested.run(tokens, sample=looking.sample)
+    raw = int(byte_table().count(tokens[:-1], tokens[1:]).sum())
+    assert looking.updates_covered >= 2
+    checks = [
+        audit.check_causality(tested, tokens, trace, looking.places, VOCAB),
+        audit.check_documents(tested, tokens, trace, VOCAB, looking.limit),
+        audit.check_normalization(tested, tokens, trace, looking.places[:2], VOCAB),
+        audit.check_score_before_update(trace),
+        audit.check_single_pass(trace),
+        audit.check_bytes(trace, {"table": raw}),
+    ]
+    assert [check.verdict for check in checks] == [PASS, NOT_CHECKED, PASS, PASS, PASS, PASS], [check.line() for check in checks]
+
+
+def test_a_future_leak_in_the_model_fails_the_audit():
+    """The audit examines the evaluation itself: a leak inside the network is found through it."""
+    cfg = config(ttt_enabled=False)
+    model = randomized(cfg)
+    # Sequence as [B,T,C]: adding a mean over time shows every position the whole window.
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: output + 0.1 * output.mean(1, keepdim=True))
+    tested, tokens = ScoreFirstEvaluator(model, cfg, byte_table(), RunContext()), stream(120)
+    trace = tested.run(tokens, sample=(36,))
+    # Token 37 lies inside a window; a place at a window's end would change nothing that the window sees.
+    assert audit.check_causality(tested, tokens, trace, [37], VOCAB).verdict == FAIL
+
+
+# ---- ranks ----
+
+
+def _rank(rank: int, world: int, folder: str, changes: dict) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    ctx = RunContext(rank, world, rank, torch.device("cpu"))
+    tested = evaluator(config(**changes), ctx)
+    trace = tested.run(stream(310), sample=(0, 77, 200))
+    torch.save({"nll": trace.ledger.nll, "rows": trace.rows, "checksum": tested.trainer.checksum()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_result_of_one(tmp_path):
+    """Odd tails, a batch that leaves one rank without sequences, Polyak, byte weights and all experts."""
+    changes = dict(**WITH_EXPERTS, ttt_polyak=0.5, ttt_byte_weighted=True, ttt_chunk_tokens=70, ttt_batch_seqs=2)
+    one = evaluator(config(**changes)).run(stream(310), sample=(0, 77, 200))
+    mp.spawn(_rank, args=(2, str(tmp_path), changes), nprocs=2)
+    two = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert two[0]["checksum"] == two[1]["checksum"] and torch.equal(two[0]["nll"], two[1]["nll"])
+    assert torch.allclose(two[0]["nll"], one.ledger.nll, atol=2e-4)
+    assert one.val_loss == pytest.approx(two[0]["nll"].mean().item(), abs=1e-5)
+    for t, row in one.rows.items():
+        assert torch.allclose(two[1]["rows"][t], row, atol=1e-4) and abs(row.sum() - 1) < 1e-5
+
+
+# ---- the command ----
+
+
+def test_the_command_writes_and_prints_what_it_measured(launch):
+    assert launch("train_gpt.py", RUN_ID="r", ITERATIONS=3).returncode == 0
+    run = launch.runs / "r"
+    made = launch("quantize.py", run)
+    assert made.returncode == 0, made.stderr
+    artifact, written = run / "artifact.bin", run / "eval.json"
+    settings = dict(EVAL_TOKENS=1500, EXPERTS="tilt,ngram,entropy")
+    done = launch("eval_ttt.py", artifact, "--audit", **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(written.read_text())
+    assert result["tokens_scored"] == 1499 and result["audit"]["verdict"] == "pass"
+    assert {c["name"]: c["verdict"] for c in result["audit"]["checks"]} == {
+        "causality": PASS, "document independence": NOT_CHECKED, "normalization": PASS, "score before update": PASS, "single pass": PASS,
+        "byte count": PASS, "documents disjoint": PASS, "size": PASS,
+    }  # fmt: skip
+    assert result["val_bpb"] == result["experts_bpb"] and result["bytes_total"] == result["bytes_model"] + result["bytes_code"]
+    assert result["bytes_model"] == artifact.stat().st_size and f"val_bpb:{result['val_bpb']:.6f}" in done.stdout
+
+    before = written.read_bytes()
+    for arguments, environment, message in [
+        ((artifact, "--fast"), {}, "--fast"),
+        ((run / "none.bin",), {}, "does not exist"),
+        ((artifact,), {"EXPERTS": "magic"}, "magic"),
+        ((artifact,), {"EVAL_STRIDE": "4096"}, "EVAL_STRIDE"),
+    ]:
+        failed = launch("eval_ttt.py", *arguments, **{**settings, **environment})
+        assert failed.returncode == 2 and message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+    assert written.read_bytes() == before and not list(run.glob(".*.tmp"))
