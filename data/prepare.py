@@ -554,8 +554,8 @@ def piece_bytes(processor: spm.SentencePieceProcessor) -> np.ndarray:
 def model_facts(model: bytes) -> dict[str, int]:
     """"bpe", "identity" and "dummy_prefix" of a serialized model, 0 or 1.
 
-    Reads the few fields of sentencepiece_model.proto that the processor does not expose: trainer_spec (2).model_type (3),
-    normalizer_spec (3).precompiled_charsmap (2) and .add_dummy_prefix (3), .remove_extra_whitespaces (4).
+    Reads the few fields of sentencepiece_model.proto that the processor does not expose: trainer_spec (2).model_type
+    (3) and normalizer_spec (3).precompiled_charsmap (2), .add_dummy_prefix (3), .remove_extra_whitespaces (4).
     """
 
     def varint(data: bytes, at: int) -> tuple[int, int]:
@@ -589,8 +589,8 @@ class Encoder(dict):
     """Text → little-endian uint16 tokens, the same as `processor.encode`, several times as fast.
 
     Where no piece holds a space behind another character, and newlines are a piece of their own, no merge reaches over
-    the edge between a word and the spaces in front of the next, so words can be encoded apart and remembered (this dict:
-    spaces + word → tokens). Tokenizers without this property are applied to the whole text.
+    the edge between a word and the spaces in front of the next, so words can be encoded apart and remembered (this
+    dict: spaces + word → tokens). Tokenizers without this property are applied to the whole text.
     """
 
     LIMIT = 400_000  # words remembered, about 60 MB; then it starts again
@@ -1273,7 +1273,8 @@ class Hub:
 
     def metadata(self, name: str):
         """.size in bytes, .etag (sha256 for large files), .commit_hash"""
-        url = self._hub.hf_hub_url(self.repo_id, name, repo_type="dataset", revision=self.revision, endpoint=self.endpoint)
+        url = self._hub.hf_hub_url(self.repo_id, name, repo_type="dataset", revision=self.revision,
+                                   endpoint=self.endpoint)  # fmt: skip
         found = self._call(name, self._hub.get_hf_file_metadata, url=url, endpoint=self.endpoint)
         self.commit = self.commit or found.commit_hash
         return found
@@ -1292,9 +1293,9 @@ class Hub:
     def download(self, name: str) -> Path:
         """Local copy of a file, continued where an earlier download broke off, checked by size and sha256."""
         metadata = self.metadata(name)
-        path = Path(self._call(name, self._hub.hf_hub_download, repo_id=self.repo_id, filename=name, repo_type="dataset",
-                               revision=metadata.commit_hash or self.revision, endpoint=self.endpoint,
-                               local_dir=self._cache))  # fmt: skip
+        path = Path(self._call(name, self._hub.hf_hub_download, repo_id=self.repo_id, filename=name,
+                               repo_type="dataset", revision=metadata.commit_hash or self.revision,
+                               endpoint=self.endpoint, local_dir=self._cache))  # fmt: skip
         if not self.matches(path, metadata):
             path.unlink()
             raise UserError(f"{name} from {self.repo_id} arrived damaged (size or sha256 differ); run again")
@@ -1406,8 +1407,8 @@ def published_listing(hub: Hub, prefix: str) -> tuple[str, dict]:
             raise
         folder = ""
         path = hub.download("manifest.json")
-    listing = read_json(path)
-    if listing is None or not isinstance(listing.get("datasets"), list) or not isinstance(listing.get("tokenizers"), list):
+    listing = read_json(path) or {}
+    if not isinstance(listing.get("datasets"), list) or not isinstance(listing.get("tokenizers"), list):
         raise UserError(f"{hub.repo_id}: its manifest.json has not the layout of the published exports")
     return folder, listing
 
@@ -1474,7 +1475,8 @@ def number(kind, low, high=None, open_ends: bool = False):
         value = kind(text)
         inside = low < value < high if open_ends else low <= value and (high is None or value <= high)
         if not inside:
-            raise argparse.ArgumentTypeError(f"{text} is not {'between' if open_ends else 'within'} {low} and {high or '∞'}")
+            where = "between" if open_ends else "within"
+            raise argparse.ArgumentTypeError(f"{text} is not {where} {low} and {high or '∞'}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -1506,12 +1508,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--repo-id", help="dataset repository on the hub (by variant)")
     add("--endpoint", metavar="URL", help="address of the hub (https://huggingface.co)")
     add("--revision", default="main", help="branch, tag or commit (main)")
-    add("--remote-prefix", default="datasets", metavar="FOLDER", help="folder of manifest.json in the repository (datasets)")
+    add("--remote-prefix", default="datasets", metavar="FOLDER",
+        help="folder of manifest.json in the repository (datasets)")
     add = parser.add_argument_group("output").add_argument
     add("--name", help="names data/datasets/<name> and data/tokenizers/<name>.model (<input>_sp<V>)")
     add("--out", metavar="FOLDER", help="dataset folder, if another one")
     add("--tokenizer-out", metavar="PATH", help="tokenizer file, if another one")
-    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=100_000_000, metavar="N", help="tokens a shard (100M)")
+    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=100_000_000, metavar="N",
+        help="tokens a shard (100M)")
     add("--overwrite", action="store_true", help="replace another dataset or tokenizer that stands there")
     add("--workers", type=number(int, 1), metavar="N", help="processes (all cores)")
     args = parser.parse_intermixed_args(argv)
@@ -1519,7 +1523,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.variant is not None:
         for option in ("inputs", "source", "val", "val_fraction", "vocab_size", "tokenizer", "name"):
             if getattr(args, option):
-                raise UserError(f"--variant downloads a finished dataset; it does not go with {option.replace('_', '-')}")
+                option = option.replace("_", "-")
+                raise UserError(f"--variant downloads a finished dataset; it does not go with {option}")
         if not re.fullmatch(r"\w+", args.variant) or (args.variant not in PUBLISHED_REPOS and args.repo_id is None):
             raise UserError(f"--variant {args.variant}: known are {', '.join(PUBLISHED_REPOS)}; others need --repo-id")
     elif args.train_shards or args.repo_id or args.endpoint:
@@ -1603,9 +1608,8 @@ def run(argv: list[str]) -> None:
     started = time.perf_counter()
     manifest = build(job)
     nbytes = sum(manifest["splits"][split]["raw_bytes"] for split in SPLITS)
-    seconds = time.perf_counter() - started
-    print(f"{summary(job.out, manifest)}\n{nbytes / 1e6:.1f} MB of text in {seconds:.1f} s, "
-          f"{nbytes / 1e6 / seconds:.1f} MB/s on {args.workers} process(es)")  # fmt: skip
+    print(f"{summary(job.out, manifest)}\n{nbytes / 1e6:.1f} MB of text, {time.perf_counter() - started:.1f} s "
+          f"on {args.workers} process(es)")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
