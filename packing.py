@@ -413,12 +413,22 @@ MAX_RECORDS = 1 << 14
 MAX_DIMS = 8
 
 
+# Streams up to this size are also tried under brotli when "range" is asked for: the embeddings of a vocabulary that was hardly trained
+# repeat each other, which only a dictionary coder sees. Beyond, brotli's minute a core is not worth it: nothing repeats.
+SECOND_OPINION_BYTES = 8 << 20
+
+
+def _compress_arrays(stream: str, arrays: list[np.ndarray], codec: str) -> bytes:
+    data = b"".join(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
+    return compress(shuffle_bytes(data, 2) if stream in ("scales", "half") else data, codec)
+
+
 def encode_records(records: list[Record], compressor: str) -> tuple[list[dict], list[bytes]]:
     """Streams of a list of records: -> (stream table for the header, payloads in the same order).
 
     All symbols of one width form a stream, all scales, all float16 values and all bytes one each: a compressor then sees one
     kind of statistics at a time. float16 streams are byte-shuffled (high bytes compress, low bytes are noise).
-    "range" codes the symbols; the small streams around them go to brotli.
+    "range" codes the symbols (unless brotli beats it on a small stream); the streams around them go to brotli.
     """
     raw: dict[str, list] = {}
     for record in records:
@@ -436,8 +446,10 @@ def encode_records(records: list[Record], compressor: str) -> tuple[list[dict], 
             payload = range_encode(arrays, int(name[5:]))
         else:
             codec = "brotli" if compressor == "range" else compressor
-            data = b"".join(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
-            payload = compress(shuffle_bytes(data, 2) if name in ("scales", "half") else data, codec)
+            payload = _compress_arrays(name, arrays, codec)
+        if codec == "range" and size <= SECOND_OPINION_BYTES:
+            other = _compress_arrays(name, arrays, "brotli")
+            codec, payload = ("brotli", other) if len(other) < len(payload) else (codec, payload)
         table.append({"name": name, "codec": codec, "raw": size, "packed": len(payload)})
         payloads.append(payload)
     return table, payloads

@@ -221,6 +221,7 @@ class Config:
     embed_clip_sigmas: float = _quant(20.0, "the same for embedding tables", low=0.1)
     mlp_clip_sigmas: float = _quant(0.0, "k of MLP matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
     attn_clip_sigmas: float = _quant(0.0, "k of attention matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
+    scale_mantissa_bits: int = _quant(4, "mantissa bits of the float16 row scales: fewer compress better", low=1, high=10)
     bits_override: str = _quant("", "name-or-role:bits, comma separated, e.g. attn.proj:7,embed:7")
     gptq_calibration_batches: int = _quant(64, "calibration batches of 8 sequences, from training shards", low=1)
     gptq_block_size: int = _quant(128, "columns solved before the lazy update", low=1)
