@@ -47,7 +47,7 @@ from train_gpt import (
     UserError,
     atomic_write,
     cli,
-    compiles,
+    compile_mode,
     eval_batch_size,
     evaluate,
     load_tokenizer,
@@ -166,9 +166,10 @@ class TestTimeTrainer:
         self.params = [param for param, _ in chosen.values()]
         self.multiples = [multiple for _, multiple in chosen.values()]
         self.initial = [param.detach().clone() for param in self.params]
-        # Sequences a forward on this rank; a step's share is accumulated in such micro-batches, all of one shape.
-        share = -(-cfg.ttt_batch_seqs // ctx.world_size)
+        # Sequences a forward on this rank: a step's share, in micro-batches that fit the device.
+        share = -(-min(cfg.ttt_batch_seqs, -(-cfg.ttt_chunk_tokens // seq_len)) // ctx.world_size)
         self.micro = max(1, min(share, (65536 if ctx.device.type == "cuda" else 8192) // seq_len))
+        self.one_shape = forward is not model  # compiled: short micro-batches are filled up with sequences that weigh nothing
         self.reset()
 
     def reset(self) -> None:
@@ -231,9 +232,12 @@ class TestTimeTrainer:
     def _step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """One optimizer step on this rank's share of a batch (weights sum to 1 over all ranks). Returns whether it was finite."""
         for start in range(0, len(inputs), self.micro):
-            part = slice(start, start + self.micro)
-            nll = self.forward(inputs[part], targets[part], reduction="none")
-            (nll * weights[part]).sum().backward()
+            x, y, w = (t[start : start + self.micro] for t in (inputs, targets, weights))
+            if self.one_shape and len(x) < self.micro:
+                fill = self.micro - len(x)
+                x, y = (torch.cat((t, t[-1:].expand(fill, -1))) for t in (x, y))
+                w = torch.cat((w, torch.zeros_like(w[-1:]).expand(fill, -1)))
+            (self.forward(x, y, reduction="none") * w).sum().backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         flat = self.ctx.all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
         norm = flat.norm()
@@ -645,9 +649,9 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
     tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
     byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
     evaluator = ScoreFirstEvaluator(artifact.model, cfg, byte_table, ctx)
-    compiled = compiles(cfg, ctx.device)
+    mode = compile_mode(cfg, ctx.device)
     ctx.log(f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval_stride}, {ctx.world_size} rank(s) on "
-            f"{ctx.device.type}{', compiled' if compiled else ''}")
+            f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}")
 
     plain = evaluator.sliding(tokens)
     ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s")

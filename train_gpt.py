@@ -108,7 +108,11 @@ class Config:
     runs_dir: str = _data("./runs", "where runs/<RUN_ID>/ folders go")
     run_id: str = _data("", "name of the run's folder; empty: made from preset, date and a random suffix")
     device: str = _data("auto", "auto: CUDA if present", choices=("auto", "cpu", "cuda"))
-    compile: str = _data("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    compile: str = _data(
+        "auto",
+        "whole: the forward as one graph; blocks: one graph a kind of block (quick); 0: eager; auto: whole on CUDA",
+        choices=("auto", "0", "whole", "blocks"),
+    )
     seed: int = _data(1337, "seed of the initial weights and of every random draw", low=0)
     resume: bool = _data(False, "continue RUN_ID from its last checkpoint")
 
@@ -258,7 +262,9 @@ class Config:
     ttt_reset_per_doc: bool = _eval(False, "forget at document starts")
     ttt_batch_seqs: int = _eval(32, "sequences a TTT step, over all ranks", low=1)
     ttt_seq_len: int = _eval(0, "sequence length of its training passes; 0: EVAL_SEQ_LEN", low=0)
-    ttt_max_lr_mult: float = _eval(3.0, "schedule adaptive: cosine times a factor rising from 1 to this over the first 30 % of chunks", low=1)
+    ttt_max_lr_mult: float = _eval(
+        3.0, "schedule adaptive: cosine times a factor rising from 1 to this over the first 30 % of chunks", low=1
+    )
     ttt_adam_wd: float = _eval(0.0, "weight decay of AdamW", low=0)
     eval_tokens: int = _eval(0, "evaluate the first n validation tokens only; 0: all", low=0)
     experts: str = _eval("", "tilt,temperature,calibration,ngram,cache,unigram,bigram,trigram,entropy: those mixed in; empty: none")
@@ -1434,6 +1440,15 @@ class MLP(nn.Module):
         return self.proj(h.square())
 
 
+def output_head(x: Tensor, weight: Tensor, targets: Tensor | None, cap: float, reduction: str) -> Tensor:
+    """Softcapped logits of x [B,n,C] over the tied embedding [V,C]; with targets [B,n] their cross-entropy in nats."""
+    logits = softcap(F.linear(x, weight.to(x.dtype)).float(), cap)
+    if targets is None:
+        return logits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+    return loss if reduction == "mean" else loss.view(targets.shape)
+
+
 class Block(nn.Module):
     """x_in = m0·x + m1·x0, then x_in + a ⊙ Mixer(norm) and + b ⊙ MLP(norm), one after the other or both from x_in (parallel)."""
 
@@ -1443,16 +1458,27 @@ class Block(nn.Module):
         self.mixer, self.mlp = mixer, MLP(cfg)
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         self.mixer_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
-        self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.parallel = 0 <= cfg.parallel_start <= layer
 
-    def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, loop_scale: float) -> Tensor:
-        scale = self.norm_scale * loop_scale
-        mix, a, b = (p.to(x.dtype) for p in (self.resid_mix, self.mixer_scale, self.mlp_scale))
+    def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor) -> Tensor:
+        """x, x0 [B,T,C]. `scale` multiplies the norms; a tensor, so that layers of one kind share one compiled graph."""
+        mix, a, b, scale = (p.to(x.dtype) for p in (self.resid_mix, self.mixer_scale, self.mlp_scale, scale))
         x_in = mix[0] * x + mix[1] * x0
         normed = rms_norm(x_in) * scale
         x = x_in + a * self.mixer(normed, ctx)
         return x + b * self.mlp(normed if self.parallel else rms_norm(x) * scale)
+
+
+def run_block(block: Block, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor) -> Tensor:
+    return block(x, x0, ctx, scale)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The parts of the forward that COMPILE=blocks compiles one by one."""
+
+    block: Callable[..., Tensor] = run_block
+    head: Callable[..., Tensor] = output_head
 
 
 class GPT(nn.Module):
@@ -1477,6 +1503,9 @@ class GPT(nn.Module):
         self.skip_gates = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in range(skips))
         self.final_norm = FinalNorm()
         self.eval_hash: HashEmbedding | None = None  # attached by test-time training
+        self.regions = Regions()
+        scales = [1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0 for layer in range(layers)]
+        self.register_buffer("norm_scales", torch.tensor(scales), persistent=False)
         self.looping = False  # depth recurrence on; part of what a saved model must remember
         self.compute_dtype = torch.float32
         self.attention_plan, self.gdn_backend = AttentionPlan("flash", "plain"), "torch"
@@ -1559,15 +1588,11 @@ class GPT(nn.Module):
             ctx.value_embedding = self.value_embed(input_ids, dtype)
         x = self._run_layers(x, ctx)
         x = self.final_norm(x[:, -score_last:] if score_last else x)
-        logits = softcap(F.linear(x, self.tok_emb.weight.to(dtype)).float(), self.cfg.logit_softcap)
-        if target_ids is None:
-            return logits
-        targets = target_ids[:, -score_last:] if score_last else target_ids
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view(targets.shape)
+        targets = target_ids[:, -score_last:] if score_last and target_ids is not None else target_ids
+        return self.regions.head(x, self.tok_emb.weight, targets, self.cfg.logit_softcap, reduction)
 
     def _run_layers(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        cfg, x0 = self.cfg, x
+        cfg, x0 = self.cfg, x.view_as(x)  # another tensor object: "x is x0" would cost the first block a graph of its own
         order = self.layer_order(self.looping)
         looped = range(cfg.loop_start, cfg.loop_end + 1) if self.looping and cfg.num_loops else ()
         half, kept = len(order) // 2, []
@@ -1577,7 +1602,8 @@ class GPT(nn.Module):
                 index = call - half
                 weight, gate = self.skip_weights[index].to(x.dtype), torch.sigmoid(self.skip_gates[index]).to(x.dtype)
                 x = torch.lerp(weight * kept.pop(), x, gate)
-            x = self.blocks[layer](x, x0, ctx, cfg.loop_ln_scale if layer in looped else 1.0)
+            scale = self.norm_scales[layer] * (cfg.loop_ln_scale if layer in looped else 1.0)
+            x = self.regions.block(self.blocks[layer], x, x0, ctx, scale)
             if cfg.unet_skips and call < half:
                 kept.append(x)
         return x
@@ -1591,20 +1617,41 @@ def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
         model = GPT(cfg)
     model.to(device)
     model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model.attention_plan = plan_attention(cfg, device, compiles(cfg, device))
+    model.attention_plan = plan_attention(cfg, device, compile_mode(cfg, device) != "0")
     model.gdn_backend = choose_gdn_backend(cfg, device) if "G" in cfg.pattern else "torch"
     return model
 
 
-def compiles(cfg: Config, device: torch.device) -> bool:
-    return cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda")
+def compile_mode(cfg: Config, device: torch.device) -> str:
+    """'whole', 'blocks' or '0'."""
+    if cfg.compile != "auto":
+        return cfg.compile
+    return "whole" if device.type == "cuda" else "0"
 
 
 def maybe_compile(model: GPT) -> Callable[..., Tensor]:
-    """The model's forward, compiled whole where the configuration says so. Same weights: `model` itself stays usable, uncompiled."""
-    if not compiles(model.cfg, next(model.parameters()).device):
+    """The model's forward, compiled as COMPILE says. Same weights: `model` itself stays usable, uncompiled.
+
+    "whole" takes minutes for a deep model and runs fastest. "blocks" compiles each kind of block once, and the head: seconds instead of
+    minutes, recurrence on or off is the same code, and what is lost is fusion across block boundaries.
+    """
+    mode = compile_mode(model.cfg, next(model.parameters()).device)
+    if mode == "0":
         return model
-    return torch.compile(model, dynamic=False, fullgraph=True)
+    # Kinds of block x shapes x gradient modes are counted against one limit, beyond which a whole graph is refused.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    if mode == "whole":
+        return torch.compile(model, dynamic=False, fullgraph=True)
+    compiled = Regions(*(torch.compile(region, dynamic=False, fullgraph=True) for region in (run_block, output_head)))
+
+    def forward(*args, **kwargs) -> Tensor:
+        eager, model.regions = model.regions, compiled
+        try:
+            return model(*args, **kwargs)
+        finally:
+            model.regions = eager
+
+    return forward
 
 
 def count_params(model: nn.Module) -> int:
@@ -2266,7 +2313,7 @@ class Trainer:
     def compile_warmup(self) -> None:
         """Compile and tune every graph before the clock starts, on training tokens, then put everything back as it was."""
         cfg, state = self.cfg, self.state
-        if not cfg.warmup_steps or not compiles(cfg, self.ctx.device):
+        if not cfg.warmup_steps or compile_mode(cfg, self.ctx.device) == "0":
             return
         began = time.perf_counter()
         kept = {name: tensor.detach().clone() for name, tensor in state.tensors().items()}

@@ -363,6 +363,22 @@ def test_model_compiles_whole():
     assert counter.frame_count == 2
 
 
+def test_blocks_of_one_kind_share_a_graph(monkeypatch):
+    """COMPILE=blocks: one graph a kind of block and one for the head, whatever the depth, the recurrence or the layer's index."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
+    torch._dynamo.reset()
+    model, ids = make({**EVERYTHING, "LAYER_PATTERN": "GGGTAAAG", "PARALLEL_START": "6", "VE_LAYERS": "", "SHARED_LAYERS": ""}, COMPILE="blocks"), tokens(40)
+    forward = T.maybe_compile(model)
+    for looping in (False, True):
+        model.looping = looping
+        with torch.no_grad():
+            torch.testing.assert_close(forward(ids), model(ids), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 6  # G, T, A, parallel A, parallel G, head
+
+
 # --- parameters
 
 

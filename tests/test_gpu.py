@@ -1,0 +1,112 @@
+"""What only a CUDA device can show: kernels against their naive twins, the compiled model against the eager one. `make test-gpu`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+
+import train_gpt as T
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+DEVICE = torch.device("cuda")
+
+
+def relative_error(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12)).item()
+
+
+def gradients(function, inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    torch.manual_seed(1)
+    out.backward(torch.randn(out.shape, device=DEVICE, dtype=torch.float32).to(out.dtype))
+    return [out.detach()] + [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (2, 4)])
+@pytest.mark.parametrize("length", [257, 1024])
+def test_fla_matches_the_recurrence(heads, length):
+    """Through our custom op, in bf16: outputs and every gradient within 1.5 % of the float32 recurrence."""
+    pytest.importorskip("fla")
+    torch.manual_seed(0)
+    qk_heads, v_heads = heads
+    q, k = (F.normalize(torch.randn(2, length, qk_heads, 64, device=DEVICE), dim=-1) for _ in range(2))
+    v = torch.randn(2, length, v_heads, 64, device=DEVICE)
+    g, beta = -torch.rand(2, length, v_heads, device=DEVICE) * 0.5, torch.rand(2, length, v_heads, device=DEVICE)
+    halved = [x.bfloat16() for x in (q, k, v)]
+    ours = gradients(lambda q, k, v, g, b: T.gated_delta_rule(q, k, v, g, b, backend="fla")[0], [*halved, g, beta])
+    twin = gradients(lambda q, k, v, g, b: T.naive_gated_delta_rule(q, k, v, g, b)[0], [*[x.float() for x in halved], g, beta])
+    for name, a, b in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), ours, twin):
+        error = relative_error(a, b)
+        print(f"fla heads {heads} length {length} {name}: {error:.2%}")
+        assert error < 0.015, f"{name}: {error:.2%}"
+
+
+@pytest.mark.parametrize("backend", ["fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain"])
+@pytest.mark.parametrize("case", ["full", "window", "sink", "window+sink", "documents"])
+def test_attention_backends_match_naive(backend, case):
+    cfg = T.resolve_config({**TINY, "DOCUMENT_MASK": str(int(case == "documents")), "ATTN_SINK": str(int("sink" in case))})
+    try:
+        plan = T.plan_attention(cfg.replace(attention_backend=backend), DEVICE, compiled=True)
+    except T.UserError as error:
+        pytest.skip(str(error))
+    if backend != (plan.windowed if "window" in case else plan.full):
+        pytest.skip(f"{backend} does not serve {case}")
+    torch.manual_seed(0)
+    length, window = 515, 100 if "window" in case else 0
+    shapes = [(2, length, 8, 64), (2, length, 4, 64), (2, length, 4, 64)]
+    inputs = [torch.randn(shape, device=DEVICE).bfloat16() for shape in shapes]
+    inputs += [torch.randn(4, 64, device=DEVICE).bfloat16()] if "sink" in case else []
+    documents = (torch.rand(2, length, device=DEVICE) < 0.02).int().cumsum(1) if case == "documents" else None
+    how = {"window": window, "documents": documents}
+
+    def ours(q, k, v, sink=None):
+        return T.attention(q, k, v, sink=sink, backend=backend, **how)
+
+    def twin(q, k, v, sink=None):
+        return T.naive_attention(q, k, v, sink=sink, **how)
+
+    forward = torch.compile(ours, fullgraph=True, dynamic=False) if backend == "flex" else ours
+    for a, b in zip(gradients(forward, inputs), gradients(twin, [x.float() for x in inputs])):
+        assert relative_error(a, b) < 0.015
+
+
+@pytest.mark.parametrize("preset", ["gdn_hybrid", "gdn3_fa8", "legal_ttt", "token_shift", "ngram_hedge"])
+def test_compiled_model_matches_eager_float32(preset):
+    """Two layers' worth of each preset, compiled in bf16, against the same weights run eagerly in float32 on the CPU."""
+    small = {"MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "GDN_QK_HEADS": "2", "GDN_V_HEADS": "2", "WINDOW_SIZE": "64"}
+    cfg = T.resolve_config({"PRESET": preset, **small, "VOCAB_SIZE": "1024"})
+    model, reference = T.build_model(cfg, DEVICE), T.build_model(cfg.replace(device="cpu"))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for a, b in zip(model.parameters(), reference.parameters()):
+            b.add_(torch.randn_like(b) * 0.02)
+            a.copy_(b)
+    forward = T.maybe_compile(model)
+    ids = torch.randint(0, 1024, (2, 200))
+    for looping in {False, bool(cfg.num_loops)}:
+        model.looping = reference.looping = looping
+        with torch.no_grad():
+            ours, twin = forward(ids.cuda()).cpu(), reference(ids)
+        assert (ours - twin).abs().mean() < 0.03 * twin.abs().mean() + 0.01
+
+
+def test_training_steps_compile_two_graphs_at_most():
+    """No recompilation per layer index, step or batch: the forward is traced once a graph."""
+    from torch._dynamo.utils import counters
+
+    cfg = T.resolve_config({"PRESET": "gdn3_fa8", "MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "VOCAB_SIZE": "1024"})
+    torch._dynamo.reset()
+    counters.clear()
+    model = T.build_model(cfg, DEVICE)
+    forward = T.maybe_compile(model)
+    for step in range(8):
+        model.looping = step >= 4
+        ids = torch.randint(0, 1024, (2, 257), device=DEVICE)
+        forward(ids[:, :-1], ids[:, 1:]).backward()
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
