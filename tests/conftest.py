@@ -60,23 +60,15 @@ def dataset(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("dataset")
     text = folder / "text"
     text.mkdir()
+    validation = folder / "validation"
+    validation.mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])
-    for name in ("argparse", "ast", "bisect", "calendar", "csv", "datetime", "heapq", "inspect", "json/decoder", "random", "textwrap"):
-        source = library / f"{name}.py"
-        (text / f"{name.replace('/', '_')}.txt").write_bytes(source.read_bytes())
+    for target, names in ((text, "argparse ast csv datetime inspect random textwrap"), (validation, "heapq bisect calendar")):
+        for name in names.split():
+            (target / f"{name}.txt").write_bytes((library / f"{name}.py").read_bytes())
     out, tokenizer = folder / "shards", folder / "tiny.model"
-    command = [
-        sys.executable,
-        ROOT / "data" / "prepare.py",
-        text,
-        "--vocab-size",
-        "512",
-        "--val-fraction",
-        "0.2",
-        "--shard-tokens",
-        "50000",
-    ]
-    command += ["--out", out, "--tokenizer-out", tokenizer, "--workers", "1"]
+    command = [sys.executable, ROOT / "data" / "prepare.py", text, "--val", validation, "--out", out, "--tokenizer-out", tokenizer]
+    command += ["--vocab-size", 512, "--shard-tokens", 50000, "--workers", 1]
     subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
     settings = {**TINY, "DATA_PATH": str(out), "TOKENIZER_PATH": str(tokenizer)}
     return SimpleNamespace(path=out, tokenizer=tokenizer, settings=settings)

@@ -1,0 +1,222 @@
+"""Settings: resolution, checks, presets."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+import train_gpt as T
+
+PRESETS = sorted(path.parent.name for path in (ROOT / "records").glob("*/config.env"))
+
+
+def test_resolution_order_and_origins(tmp_path, monkeypatch):
+    cfg = T.resolve_config({"PRESET": "legal_ttt/one_gpu", "MATRIX_LR": "0.5", "SEED": ""})
+    assert cfg.matrix_lr == 0.5 and cfg.origins["matrix_lr"] == "env"
+    assert cfg.train_batch_tokens == 65536 and cfg.origins["train_batch_tokens"] == "preset:legal_ttt/one_gpu"
+    assert cfg.seed == 1337 and cfg.origins["seed"] == "default"
+
+
+@pytest.mark.parametrize(
+    "environment,message",
+    [
+        ({"NUM_LAYERS": "nine"}, "NUM_LAYERS='nine' (env) is not a whole number"),
+        ({"NUM_LAYERS": "4.5"}, "is not a whole number"),
+        ({"MATRIX_LR": "nan"}, "is not a finite number"),
+        ({"MATRIX_LR": "-1"}, "below its least value"),
+        ({"MUON_MOMENTUM": "1.5"}, "above its greatest value"),
+        ({"SMEAR_GATE": "maybe"}, "is not 0 or 1"),
+        ({"COMPRESSOR": "rar"}, "is not one of brotli"),
+        ({"LAYER_PATTERN": "AAX"}, "unknown mixer 'X'; known: A (attention), S (sliding window), G (GDN), T (token shift)"),
+        ({"LAYER_PATTERN": "AA", "NUM_LAYERS": "3"}, "has 2 layers but NUM_LAYERS=3"),
+        ({"MODEL_DIM": "100"}, "does not divide into NUM_HEADS=8"),
+        ({"NUM_KV_HEADS": "3"}, "not a multiple of NUM_KV_HEADS=3"),
+        ({"GDN_QK_HEADS": "3"}, "not a multiple of GDN_QK_HEADS=3"),
+        ({"ROPE_DIMS": "7"}, "must be even"),
+        ({"XSA_LAYERS": "1-99"}, "outside 0-8"),
+        ({"XSA_LAYERS": "a"}, "is not 'all' or a list"),
+        ({"VE_LAYERS": "0", "LAYER_PATTERN": "GA"}, "names no attention layer"),
+        ({"SHARED_LAYERS": "0,1", "LAYER_PATTERN": "GA"}, "differ in kind"),
+        ({"NUM_LOOPS": "1", "LOOP_START": "3", "LOOP_END": "20"}, "not within the 9 layers"),
+        ({"TRIGRAM_HASH": "1"}, "needs BIGRAM_VOCAB_SIZE"),
+        ({"BIGRAM_VOCAB_SIZE": "1"}, "leaves no bucket"),
+        ({"QAT_TARGETS": "("}, "not a regular expression"),
+        ({"GPTQ_RESERVE_SECONDS": "600"}, "leaves nothing"),
+        ({"PRESET": "nope"}, "PRESET=nope"),
+        ({"PRESET": "legal_ttt/nope"}, "no legal_ttt/nope.env"),
+    ],
+)
+def test_bad_settings_are_refused_with_their_reason(environment, message):
+    with pytest.raises(T.UserError, match=re.escape(message)):
+        T.resolve_config(environment)
+
+
+def test_unknown_setting_in_a_preset_is_refused(tmp_path):
+    (tmp_path / "odd").mkdir()
+    path = tmp_path / "odd" / "config.env"
+    path.write_text("MODEL_DIMM=3\n")
+    with pytest.raises(T.UserError, match=re.escape("unknown setting MODEL_DIMM (preset:odd); did you mean MODEL_DIM?")):
+        T._build_config(T.read_preset("odd", tmp_path))
+    path.write_text("MODEL_DIM: 3\n")
+    with pytest.raises(T.UserError, match="line 1 is not NAME=value"):
+        T.read_preset("odd", tmp_path)
+
+
+def test_near_misses_are_warned_about():
+    assert T.near_misses({"MODEL_DIMS": "1", "PATH": "/", "HOME": "x", "SEED": "1", "WARMDOWN_FRACS": "2"}) == [
+        "environment variable MODEL_DIMS is not a setting; did you mean MODEL_DIM?",
+        "environment variable WARMDOWN_FRACS is not a setting; did you mean WARMDOWN_FRAC?",
+    ]
+
+
+def test_a_finished_model_fixes_its_own_settings():
+    base = T.resolve_config({"MODEL_DIM": "256"}).to_dict()
+    assert T.resolve_config({"EVAL_STRIDE": "8", "MODEL_DIM": "256"}, base).eval_stride == 8
+    assert T.resolve_config({"PRESET": "legal_ttt"}, base).model_dim == 256, "a preset cannot change a finished run"
+    with pytest.raises(T.UserError, match="MODEL_DIM=128 contradicts the trained model"):
+        T.resolve_config({"MODEL_DIM": "128"}, base)
+
+
+def test_round_trip_through_a_dictionary():
+    cfg = T.resolve_config({"PRESET": "gdn3_fa8"})
+    assert T.Config.from_dict(cfg.to_dict()) == cfg
+    with pytest.raises(T.UserError, match="unknown setting"):
+        T.Config.from_dict({"colour": 3})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_and_variant_resolves(preset):
+    for path in sorted((ROOT / "records" / preset).glob("*.env")):
+        name = preset if path.name == "config.env" else f"{preset}/{path.stem}"
+        assert T.resolve_config({"PRESET": name}).pattern
+
+
+# The cards' models (published parameter counts in millions), within 3 %.
+CARDS = {"gdn_hybrid": 33.9, "gdn3_fa8": 35.9, "legal_ttt": 35.9, "token_shift": 27.0, "ngram_hedge": 33.3}
+
+
+@pytest.mark.parametrize("preset", CARDS)
+def test_parameter_counts_are_the_cards(preset):
+    import torch
+
+    cfg = T.resolve_config({"PRESET": preset})
+    with torch.device("meta"):
+        model = T.GPT(cfg)
+    assert T.count_params(model) == pytest.approx(CARDS[preset] * 1e6, rel=0.03)
+    text = "\n".join(T.describe(model, cfg))
+    assert cfg.pattern in text and f"{T.count_params(model):,} parameters" in text
+
+
+@pytest.mark.parametrize("preset", CARDS)
+def test_estimated_size_is_within_the_limit(preset):
+    import torch
+
+    cfg = T.resolve_config({"PRESET": preset})
+    with torch.device("meta"):
+        model = T.GPT(cfg)
+    assert T.estimate_bytes(model, cfg) < T.SIZE_LIMIT_BYTES
+
+
+@pytest.mark.parametrize(
+    "environment,world,message",
+    [
+        ({"TRAIN_BATCH_TOKENS": "1000", "TRAIN_SEQ_LEN": "64"}, 1, "960 or 1024 would be"),
+        ({"TRAIN_BATCH_TOKENS": "512", "TRAIN_SEQ_LEN": "64"}, 3, "times 3 rank(s); 384 or 576 would be"),
+        ({"TRAIN_BATCH_TOKENS": "512", "TRAIN_SEQ_LEN": "64", "MICRO_BATCH_TOKENS": "192"}, 1, "sizes that do: 64, 128, 256, 512"),
+        ({"TRAIN_BATCH_TOKENS_PER_GPU": "100", "TRAIN_SEQ_LEN": "64"}, 2, "64 or 128 would be"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_with_sizes_that_would(environment, world, message):
+    with pytest.raises(T.UserError, match=re.escape(message)):
+        T.plan_batch(T.resolve_config(environment), T.RunContext(world_size=world))
+
+
+def test_accumulation_is_derived():
+    cfg = T.resolve_config({"TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "64", "MICRO_BATCH_TOKENS": "256"})
+    plan = T.plan_batch(cfg, T.RunContext(world_size=2))
+    assert (plan.sequences, plan.per_rank, plan.per_micro, plan.accumulation) == (64, 32, 4, 8)
+    cfg = T.resolve_config({"TRAIN_BATCH_TOKENS_PER_GPU": "4096", "TRAIN_SEQ_LEN": "64"})
+    assert T.plan_batch(cfg, T.RunContext(world_size=8)).sequences == 512
+
+
+def test_schedules():
+    cfg = T.resolve_config({"WARMDOWN_FRAC": "0.5", "MIN_LR": "0.1", "MUON_MOMENTUM_WARMUP_FRAC": "0.2"})
+    assert [round(T.lr_scale(cfg, p), 3) for p in (0, 0.5, 0.75, 0.96, 1, 1.2)] == [1, 1, 0.5, 0.1, 0.1, 0.1]
+    assert T.muon_momentum(cfg, 0.1) == pytest.approx((0.85 + 0.95) / 2) and T.muon_momentum(cfg, 0.9) == pytest.approx(0.95)
+    late = T.resolve_config({"LATE_QAT_THRESHOLD": "0.15", "WARMDOWN_FRAC": "0.5"})
+    assert not T.qat_active(late, 0.9) and T.qat_active(late, 0.93)
+    last = T.resolve_config({"QAT_LAST_FRAC": "0.05", "MIN_LR": "0.1"})
+    assert not T.qat_active(last, 0.94) and T.qat_active(last, 0.95)
+
+
+@pytest.mark.parametrize("steps", [60, 4900])
+def test_ema_keeps_its_share_of_a_run_of_any_length(steps):
+    cfg = T.resolve_config({"EMA_DECAY": "0.997", "REFERENCE_STEPS": "4900"})
+    weight_of_first_half = 1.0
+    for _ in range(steps // 2):
+        weight_of_first_half *= T.ema_decay(cfg, 1 / steps)
+    assert weight_of_first_half == pytest.approx(0.997**2450, rel=1e-6)
+    assert T.ema_decay(cfg, 1 / 4900) == pytest.approx(0.997)
+
+
+def test_progress_follows_whichever_budget_ends_first():
+    cfg = T.resolve_config({"MAX_WALLCLOCK_SECONDS": "110", "GPTQ_RESERVE_SECONDS": "10", "ITERATIONS": "1000"})
+    assert T.training_progress(cfg, 100, 50) == 0.5 and T.training_progress(cfg, 900, 50) == 0.9
+    assert T.training_progress(cfg.replace(max_wallclock_seconds=0, gptq_reserve_seconds=0), 100, 5000) == 0.1
+
+
+def test_a_run_too_short_for_its_constants_is_warned_about():
+    cfg = T.resolve_config({"EMA_DECAY": "0.99", "NUM_LOOPS": "1", "LOOP_END": "1"})
+    text = " ".join(T.length_warnings(cfg, 12))
+    for part in ("12 steps fit the budget", "EMA averages over 0.2 steps", "MUON_MOMENTUM_WARMUP_FRAC", "depth recurrence"):
+        assert part in text
+    assert T.length_warnings(T.resolve_config({}), 4900) == []
+    assert "disagree" in " ".join(T.length_warnings(T.resolve_config({"EMA_DECAY": "0.9995"}), 4900))
+
+
+def test_attention_plan_says_why_not():
+    import torch
+
+    cfg, cpu = T.resolve_config({}), torch.device("cpu")
+    plan = T.plan_attention(cfg, cpu, compiled=False)
+    assert (plan.full, plan.windowed) == ("flash", "plain") and any("fa3: needs a Hopper GPU" in reason for reason in plan.refused)
+    assert T.plan_attention(cfg.replace(document_mask=True), cpu, False).full == "plain"
+    assert T.plan_attention(cfg.replace(attention_backend="plain"), cpu, False).full == "plain"
+    for backend in ("fa3", "cudnn"):
+        with pytest.raises(T.UserError, match=f"ATTENTION_BACKEND={backend}"):
+            T.plan_attention(cfg.replace(attention_backend=backend), cpu, False)
+
+
+def test_gdn_backend_on_the_cpu():
+    import torch
+
+    assert T.choose_gdn_backend(T.resolve_config({}), torch.device("cpu")) == "torch"
+    with pytest.raises(T.UserError, match="needs a CUDA device"):
+        T.choose_gdn_backend(T.resolve_config({"GDN_BACKEND": "fla"}), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "triton,capability,tilelang,refused",
+    [("3.6.0", (9, 0), False, True), ("3.7.0", (9, 0), False, True), ("3.7.1", (9, 0), False, False), ("3.6.0", (9, 0), True, False),
+     ("3.6.0", (8, 0), False, False), ("3.3.1", (9, 0), False, False)],
+)  # fmt: skip
+def test_the_miscompiling_triton_is_refused_on_hopper(monkeypatch, triton, capability, tilelang, refused):
+    import importlib.util
+    import sys
+    from types import SimpleNamespace
+
+    import torch
+
+    found = {"fla": True, "tilelang": tilelang}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.get(name))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cfg, device = T.resolve_config({}), torch.device("cuda")
+    if refused:
+        with pytest.raises(T.UserError, match=r"install triton>=3\.7\.1, or tilelang"):
+            T.choose_gdn_backend(cfg, device)
+    else:
+        assert T.choose_gdn_backend(cfg, device) == "fla"
+    found["fla"] = False
+    with pytest.raises(T.UserError, match="needs flash-linear-attention"):
+        T.choose_gdn_backend(cfg, device)

@@ -1,0 +1,154 @@
+"""Shards, the training stream, byte accounting and window planning."""
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as T
+
+
+def write_shard(path, tokens, magic=T.SHARD_MAGIC, version=T.SHARD_VERSION, claimed=None, tail=b""):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if claimed is None else claimed
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes() + tail)
+
+
+def test_shard_faults_are_named(tmp_path):
+    path = tmp_path / "fineweb_train_000000.bin"
+    faults = {
+        "not a token shard": {"magic": 1},
+        "version 9": {"version": 9},
+        "truncated": {"claimed": 12},
+        "over-long": {"tail": b"\0\0"},
+        "holds no tokens": {"tokens": []},
+    }
+    for message, change in faults.items():
+        write_shard(path, **{"tokens": list(range(10)), **change})
+        with pytest.raises(T.UserError, match=message):
+            T.load_shard(path)
+    path.write_bytes(b"short")
+    with pytest.raises(T.UserError, match="no room"):
+        T.load_shard(path)
+    write_shard(path, [1, 2, 600])
+    with pytest.raises(T.UserError, match="token 600, beyond VOCAB_SIZE=512"):
+        T.load_shard(path, vocab_size=512)
+    assert T.load_shard(path, vocab_size=601).tolist() == [1, 2, 600]
+
+
+def test_missing_folders_and_splits(tmp_path):
+    with pytest.raises(T.UserError, match="is not a folder"):
+        T.list_shards(tmp_path / "nowhere", "train")
+    with pytest.raises(T.UserError, match="holds no fineweb_val"):
+        T.list_shards(tmp_path, "val")
+
+
+def test_stream_reads_on_over_shards_and_wraps(tmp_path):
+    for index, (first, last) in enumerate([(0, 7), (7, 8), (8, 19)]):
+        write_shard(tmp_path / f"fineweb_train_{index:06d}.bin", list(range(first, last)))
+    stream = T.TokenStream(tmp_path, 512)
+    assert stream.total_tokens == 19
+    assert stream.read(5, 40).tolist() == [i % 19 for i in range(5, 45)]
+    stream.position = 16
+    inputs, targets = stream.sequences(1, 2, 4, torch.device("cpu"))
+    assert inputs.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]] and targets.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
+
+
+def test_ranks_and_micro_batches_share_out_one_step(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000000.bin", list(range(200)))
+    stream, device = T.TokenStream(tmp_path, 512), torch.device("cpu")
+    whole = stream.sequences(0, 8, 5, device)[0]
+    pieces = [stream.sequences(first, 2, 5, device)[0] for first in (0, 2, 4, 6)]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_stream_never_takes_validation(tmp_path):
+    with pytest.raises(AssertionError, match="only training shards"):
+        T.TokenStream(tmp_path, 512, split="val")
+
+
+def test_byte_table_counts_the_raw_bytes_of_real_documents(dataset):
+    """Table bytes == UTF-8 bytes of the decoded text, document by document."""
+    tokenizer = T.load_tokenizer(dataset.tokenizer, 512)
+    table = T.ByteTable.from_tokenizer(tokenizer)
+    tokens = T.load_tokens(dataset.path, "val", 512)
+    starts = [*(tokens == T.BOS_ID).nonzero().flatten().tolist(), len(tokens)]
+    assert len(starts) > 2
+    for first, last in zip(starts[:-1], starts[1:]):
+        text = tokenizer.decode(tokens[first + 1 : last].tolist())
+        counted = table.count(tokens[first : last - 1], tokens[first + 1 : last]).sum()
+        assert int(counted) == len(text.encode())
+
+
+@pytest.mark.parametrize("text", [" leading", "  two", "tabs\t\tand\n\nlines", "ünï → 漢字 🎉", "a  b   c", "x" * 50])
+def test_byte_table_on_awkward_text(dataset, text):
+    tokenizer = T.load_tokenizer(dataset.tokenizer)
+    ids = torch.tensor([T.BOS_ID, *tokenizer.encode(text)])
+    assert tokenizer.decode(ids[1:].tolist()) == text
+    assert int(T.ByteTable.from_tokenizer(tokenizer).count(ids[:-1], ids[1:]).sum()) == len(text.encode())
+
+
+class PublishedStyleTokenizer:
+    """The dummy-prefix convention of common vocabularies: every document starts with a space that its text does not have."""
+
+    pieces = ("<unk>", "<s>", "</s>", "<0x41>", "▁", "▁the", "cat", "▁▁in", "<unused>")
+
+    vocab_size = lambda self: len(self.pieces)
+    id_to_piece = lambda self, i: self.pieces[i]
+    piece_to_id = lambda self, piece: self.pieces.index(piece) if piece in self.pieces else 0
+    is_control = lambda self, i: i in (1, 2)
+    is_unknown = lambda self, i: i == 0
+    is_unused = lambda self, i: i == 8
+    is_byte = lambda self, i: i == 3
+    encode = lambda self, text: [5]
+
+
+def test_byte_table_by_the_formula():
+    """len(piece without ▁) + 1 for a ▁ not at a document's start; inner spaces count one; byte pieces 1; control, unused, unknown 0."""
+    table = T.ByteTable.from_tokenizer(PublishedStyleTokenizer())
+    previous, target = torch.tensor([1, 6, 6, 6, 6, 6, 1, 6, 6]), torch.tensor([5, 5, 6, 3, 0, 8, 4, 4, 7])
+    assert table.count(previous, target).tolist() == [3, 4, 3, 1, 0, 0, 0, 1, 4]
+
+
+def test_tokenizer_without_a_space_piece_is_refused():
+    class NoSpace(PublishedStyleTokenizer):
+        pieces = tuple("_" if piece == "▁" else piece for piece in PublishedStyleTokenizer.pieces)
+
+    with pytest.raises(T.UserError, match="no standalone"):
+        T.ByteTable.from_tokenizer(NoSpace())
+
+
+@pytest.mark.parametrize("targets", [1, 2, 63, 64, 65, 200, 257])
+@pytest.mark.parametrize("seq_len,stride", [(64, 64), (64, 1), (64, 7), (64, 63), (1, 1)])
+def test_windows_score_every_target_once(targets, seq_len, stride):
+    coverage, length = np.zeros(targets, int), min(seq_len, targets)
+    windows = T.plan_windows(targets, seq_len, stride)
+    for index, (start, score_from) in enumerate(windows):
+        assert 0 <= start <= score_from < start + length <= targets
+        if index:
+            assert score_from - start >= length - stride, "a later window gives at least length - stride tokens of context"
+        coverage[score_from : start + length] += 1
+    assert (coverage == 1).all()
+
+
+def test_stride_beyond_the_window_is_refused():
+    with pytest.raises(T.UserError, match="never be scored"):
+        T.plan_windows(100, 10, 11)
+
+
+def test_evaluate_equals_scoring_one_window_at_a_time(dataset):
+    cfg = T.resolve_config({**dataset.settings, "EVAL_BATCH_SEQS": "3"})
+    model, ctx = T.build_model(cfg), T.RunContext()
+    tokens = T.load_tokens(dataset.path, "val", 512, limit=403)
+    table = T.ByteTable.from_tokenizer(T.load_tokenizer(dataset.tokenizer))
+    for seq_len, stride in ((64, 16), (64, 64), (64, 61), (500, 100)):
+        result = T.evaluate(model, tokens, table, cfg, ctx, seq_len, stride)
+        nll = 0.0
+        with torch.no_grad():
+            for start, score_from in T.plan_windows(402, seq_len, stride):
+                end = start + min(seq_len, 402)
+                loss = model(tokens[None, start:end].long(), tokens[None, start + 1 : end + 1].long(), reduction="none")
+                nll += loss[0, score_from - start :].double().sum().item()
+        assert result.val_loss == pytest.approx(nll / 402, rel=1e-6)
+        counted = int(table.count(tokens[:-1], tokens[1:]).sum())
+        assert result.bytes_scored == counted and result.tokens_scored == 402
+        assert result.val_bpb == pytest.approx(nll / np.log(2) / counted, rel=1e-6)
