@@ -431,6 +431,7 @@ class _Pass:
         self._record(start, end, *self.ctx.all_reduce_sum(gathered))
 
     def _record(self, start: int, end: int, nll: Tensor, times: Tensor) -> None:
+        nll, times = torch.stack((nll, times)).cpu()  # one wait for the GPU, not three
         assert bool((times == 1).all()), f"targets {start}..{end - 1} were not scored exactly once each"
         if not bool(torch.isfinite(nll).all()):
             raise UserError(f"the loss is not finite in the targets from {start} on: a damaged model, or TTT_LR={self.cfg.ttt_lr} too high")
@@ -451,7 +452,7 @@ class _Pass:
             at, mine = torch.arange(begin, until, device=ctx.device), positions[part] - begin
             contexts, targets = context_rows(self.tokens, at, self._context_length, cfg.vocab_size), self.tokens[at + 1].long()
             # Strictly the past goes in; the prediction is complete before a target is named.
-            prediction = mixture.predict(rows[part], contexts[mine, : mixture.context_length])
+            prediction = mixture.predict(rows[part], contexts[:, : mixture.context_length], mine)
             for position in sorted(self.sample.intersection(range(begin, until))):
                 self._show(prediction, position, (mine == position - begin).nonzero().squeeze(1))
             record = prediction.record(targets[mine])
@@ -465,7 +466,7 @@ class _Pass:
                 self.invalid.observe(prediction, mine, contexts, targets)
             if self.evaluator.expert_config.names:
                 self.trace.ledger.use(slice(begin, until), "counts and weights of the experts")
-                mixture.update(contexts[:, : mixture.context_length], targets, gathered[:, :-1], mass)
+                mixture.update(prediction, targets, gathered[:, :-1], mass)
 
     @property
     def _context_length(self) -> int:

@@ -1,11 +1,10 @@
 """Experts: full next-token distributions made from already-scored tokens, and mixers that combine them validly.
 
-    history = NgramHistory(vocab_size=1024, max_order=9)
     mixture = ExpertMixture(ExpertConfig(names=("tilt", "ngram", "entropy")), vocab_size=1024)
     for block in blocks:                                     # left to right
         prediction = mixture.predict(logits, contexts)       # sees the strict past only; nothing is updated
         p = prediction.probs(targets[:, None])               # score ... `probs(all tokens)` is the full distribution
-        mixture.update(contexts, targets, prediction.record(targets), prediction.mass())   # ... then update
+        mixture.update(prediction, targets, prediction.record(targets), prediction.mass())   # ... then update
 
 What makes a score valid is structural here: `predict` receives no target, a `Prediction` is a frozen function from candidate
 tokens to probabilities, and the score of the target and the full distribution come from that one function. Every expert is
@@ -72,19 +71,27 @@ class KeyIndex:
         """Ids of sorted, distinct `unique_keys`, unknown ones inserted; -1 for negative keys and what no longer fits."""
         ids = self.lookup(unique_keys)
         missing = ((ids < 0) & (unique_keys >= 0)).nonzero().squeeze(1)
-        fits = min(missing.numel(), self.capacity - self.next_id)
-        self.refused += missing.numel() - fits
+        first, fits = self.reserve(missing.numel())
         missing = missing[:fits]
-        if fits:
-            new_ids = torch.arange(self.next_id, self.next_id + fits, device=self.device)
-            ids[missing] = new_ids
-            self.next_id += fits
+        ids[missing] = torch.arange(first, first + fits, device=self.device)
+        self.add(unique_keys[missing], ids[missing])
+        return ids
+
+    def reserve(self, count: int) -> tuple[int, int]:
+        """The first of the next ids, and how many of `count` still fit."""
+        first, fits = self.next_id, min(count, self.capacity - self.next_id)
+        self.refused += count - fits
+        self.next_id += fits
+        return first, fits
+
+    def add(self, keys: Tensor, ids: Tensor) -> None:
+        """Store sorted, distinct, unknown keys under reserved ids."""
+        if keys.numel():
             large, small = self._runs
-            small = _merge_runs(small, (unique_keys[missing], new_ids))
-            if small[0].numel() > max(1 << 12, math.isqrt(large[0].numel() * fits)):
+            small = _merge_runs(small, (keys, ids))
+            if small[0].numel() > max(1 << 12, math.isqrt(large[0].numel() * keys.numel())):
                 large, small = _merge_runs(large, (small[0][:-1], small[1][:-1])), self._empty_run()
             self._runs = [large, small]
-        return ids
 
 
 def _merge_runs(run: tuple[Tensor, Tensor], extra: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -185,36 +192,42 @@ class NgramHistory:
         """
         counts = self.pair_counts(nodes, candidates).float()
         stats = torch.where((nodes >= 0)[..., None], self.node_stats[nodes.clamp_min(0)], 0).float()
+        total, types, continued = (column[..., None] for column in stats.unbind(-1))
+        count = counts[..., 0]
+        if smoothing == "kneser_ney":  # below the highest order, continuation counts
+            total = torch.cat((continued[:, :-1], total[:, -1:]), 1)
+            count = torch.cat((counts[:, :-1, :, 1], count[:, -1:]), 1)
+            discount = self._discounts()[:, None]
+            # Every pair seen at all has a continuation count >= 1 > d, so the discounted mass is exactly d * types.
+            seen, passed_on, scale = (count - discount).clamp_min(0), discount * types, total
+        else:
+            seen, passed_on, scale = count, types, total + types
+        scale = scale.clamp_min(1)
+        known = total > 0  # an unknown context passes everything on to the order below
+        seen, passed_on = torch.where(known, seen / scale, 0.0), torch.where(known, passed_on / scale, 1.0)
         p = torch.full(candidates.shape, 1.0 / self.vocab_size, device=candidates.device)
         slices = []
-        discounts = self._discounts() if smoothing == "kneser_ney" else None
         for k in range(self.max_order):
-            total, types = stats[:, k, 0, None], stats[:, k, 1, None]
-            count = counts[:, k, :, 0]
-            if smoothing == "kneser_ney":
-                if k < self.max_order - 1:
-                    total, count = stats[:, k, 2, None], counts[:, k, :, 1]
-                d = discounts[0 if k == self.max_order - 1 else 1, k]
-                # Every pair seen at all has a continuation count >= 1 > d, so the discounted mass is exactly d * types.
-                p = torch.where(total > 0, ((count - d).clamp_min(0) + d * types * p) / total.clamp_min(1), p)
-            else:
-                p = torch.where(total > 0, (count + types * p) / (total + types).clamp_min(1), p)
+            p = torch.addcmul(seen[:, k], passed_on[:, k], p)
             slices.append(p)
         return torch.stack(slices, dim=1)
 
     def _discounts(self) -> Tensor:
-        """Absolute discounts [2 (raw, continuation), K], in (0, 1)."""
-        n1, n2 = self.counts_of_counts.float().unbind(-1)
+        """Absolute discount [K] of each order, in (0, 1): of raw counts for the highest, of continuation counts below."""
+        n1, n2 = torch.cat((self.counts_of_counts[1, :-1], self.counts_of_counts[0, -1:])).float().unbind(-1)
         return ((n1 + 1) / (n1 + 2 * n2 + 2)).clamp(0.1, 0.95)
 
     # -- writing --
 
-    def update(self, contexts: Tensor, targets: Tensor) -> None:
-        """Count scored `targets` [n] after their context rows [n, >=K-1]. Call it only once these targets were scored."""
+    def update(self, contexts: Tensor, targets: Tensor, nodes: Tensor | None = None) -> None:
+        """Count scored `targets` [n] after their context rows [n, >=K-1]. Call it only once these targets were scored.
+
+        `nodes`: what `nodes(contexts)` gives, if the caller has it.
+        """
         if targets.numel() == 0:
             return
         self.tokens += targets.numel()
-        nodes = self._insert_nodes(contexts)
+        nodes = self._insert_nodes(contexts, self.nodes(contexts) if nodes is None else nodes)
         n, width = nodes.shape
         keys = torch.where(nodes >= 0, nodes * self.base + targets[:, None], -1).reshape(-1)
         unique, inverse, repeats = torch.unique(keys, return_inverse=True, return_counts=True)
@@ -255,18 +268,44 @@ class NgramHistory:
             change = (new == value).long() - (old == value).long()
             self.counts_of_counts[kind, :, column].index_add_(0, order, change)
 
-    def _insert_nodes(self, contexts: Tensor) -> Tensor:
-        """As `nodes`, but unknown contexts are made known while there is room."""
-        node = torch.zeros(contexts.size(0), dtype=torch.int64, device=self.device)
-        columns = [node]
-        for k in range(self.max_order - 1):
-            key = torch.where(node >= 0, node * self.base + contexts[:, k], -1)
-            unique, inverse = torch.unique(key, return_inverse=True)
-            node = self.contexts.insert(unique)[inverse]
-            columns.append(node)
+    def _insert_nodes(self, contexts: Tensor, nodes: Tensor) -> Tensor:
+        """As `nodes`, but unknown contexts are made known while there is room: all orders at once.
+
+        With the rows sorted by context, most recent token first, the rows of one context of any length are neighbours, and the first row of
+        each such group is known from the common prefix with the row above. New ids are given out row by row, shorter contexts
+        first, so a context never gets one without its parent (the context one token shorter).
+        """
+        depth = self.max_order - 1
+        if depth:
+            contexts = contexts[:, :depth]
+            order = self._sorted_rows(contexts)
+            rows, known = contexts[order], nodes[order]
+            common = (rows[1:] == rows[:-1]).cumprod(1)
+            is_first = torch.cat((torch.ones_like(rows[:1], dtype=torch.bool), common == 0))
+            at = torch.arange(len(rows), device=self.device)[:, None]
+            leader = torch.where(is_first, at, 0).cummax(0).values  # row of the first member of each row's group, per length
+            wanted = (is_first & (known[:, 1:] < 0)).view(-1).nonzero().squeeze(1)
+            first, fits = self.contexts.reserve(wanted.numel())
+            wanted = wanted[:fits]
+            new_ids = torch.arange(first, first + fits, device=self.device)
+            known[:, 1:] = known[:, 1:].reshape(-1).scatter(0, wanted, new_ids).view(-1, depth).gather(0, leader)
+            keys, by_key = (known[:, :-1] * self.base + rows).view(-1)[wanted].sort()
+            self.contexts.add(keys, new_ids[by_key])
+            nodes = torch.empty_like(nodes).index_copy_(0, order, known)
         self.node_stats = _grown(self.node_stats, self.contexts.next_id)
         self.node_best = _grown(self.node_best, self.contexts.next_id)
-        return torch.stack(columns, dim=1)
+        return nodes
+
+    def _sorted_rows(self, contexts: Tensor) -> Tensor:
+        """Permutation that sorts context rows lexicographically: stable sorts of packed columns, the last ones first."""
+        per_key = 63 // self.base.bit_length()
+        order = torch.arange(len(contexts), device=self.device)
+        for start in reversed(range(0, contexts.size(1), per_key)):
+            packed = torch.zeros_like(order)
+            for k in range(start, min(start + per_key, contexts.size(1))):
+                packed = packed * self.base + contexts[:, k]
+            order = order[packed[order].sort(stable=True).indices]
+        return order
 
 
 def context_rows(tokens: Tensor, positions: Tensor, length: int, vocab_size: int) -> Tensor:
@@ -287,22 +326,22 @@ class HedgeMixer:
     """Hedge over E members (Freund & Schapire 1997; card E, eta 0.1): log_w -= eta * nll after scoring.
 
     `share` > 0 is fixed-share (Herbster & Warmuth 1998): after each update that part of the weight is spread evenly, so a member
-    that was bad early can come back. eta 1, share 0 is the Bayes mixture.
+    that was bad early can come back. eta 1, share 0 is the Bayes mixture. G independent mixtures run side by side.
     """
 
-    def __init__(self, members: int, eta: float = 0.1, share: float = 0.0, device: torch.device | str = "cpu"):
+    def __init__(self, members: int, eta: float = 0.1, share: float = 0.0, groups: int = 1, device: torch.device | str = "cpu"):
         self.eta, self.share = eta, share
-        self.log_weights = torch.zeros(members, dtype=torch.float64, device=device)
+        self.log_weights = torch.zeros(groups, members, dtype=torch.float64, device=device)
 
     def weights(self, bins: Tensor) -> Tensor:
-        """Weights [n, E] for rows with context bins [n] (unused here); each row sums to 1."""
-        return self.log_weights.softmax(0).float().expand(bins.numel(), -1)
+        """Weights [G, n, E] for rows with context bins [n] (unused here); each row sums to 1."""
+        return self.log_weights.softmax(1).float()[:, None].expand(-1, bins.numel(), -1)
 
     def update(self, log_probs: Tensor, bins: Tensor) -> None:
-        """`log_probs` [n, E]: what each member gave the scored targets."""
-        log_w = (self.log_weights + self.eta * log_probs.double().sum(0)).log_softmax(0)
+        """`log_probs` [G, n, E]: what each member gave the scored targets."""
+        log_w = (self.log_weights + self.eta * log_probs.double().sum(1)).log_softmax(1)
         if self.share:
-            log_w = torch.log((1 - self.share) * log_w.exp() + self.share / log_w.numel())
+            log_w = torch.log((1 - self.share) * log_w.exp() + self.share / log_w.size(1))
         self.log_weights = log_w
 
 
@@ -310,30 +349,31 @@ class ContextMixer:
     """Mixing weights per context bin, learned by online expectation maximization (as in deleted interpolation, Jelinek & Mercer
     1980): a bin's weights are its members' shares of the responsibility for the targets scored in it.
 
-    Unlike Hedge, which converges to the best single member, this converges to the best convex combination, and separately for
-    each kind of position (how long a context matched, how sure its counts and the neural model are). A bin with few scored tokens leans on the
-    weights over all bins, and those on a prior that favours the first member (the neural model).
+    Unlike Hedge, which converges to the best single member, this converges to the best convex combination, and separately for each
+    kind of position (how long a context matched, how sure its counts and the neural model are). A bin with few scored tokens leans
+    on the weights over all bins, and those on a prior that favours the first member (the neural model). G mixtures run side by side.
     """
 
-    def __init__(self, members: int, bins: int, prior: float = 64.0, first: float = 0.9, decay: float = 1.0,
+    def __init__(self, members: int, bins: int, prior: float = 64.0, first: float = 0.9, decay: float = 1.0, groups: int = 1,
                  device: torch.device | str = "cpu"):
-        start = torch.full((members,), (1 - first) / max(members - 1, 1), dtype=torch.float64, device=device)
+        start = torch.full((members,), (1 - first) / max(members - 1, 1), dtype=torch.float64)
         start[0] = first if members > 1 else 1.0
-        self.prior, self.decay, self.start = prior, decay, start
-        self.responsibility = torch.zeros(bins, members, dtype=torch.float64, device=device)
+        self.prior, self.decay, self.start = prior, decay, start.to(device)
+        self.responsibility = torch.zeros(groups, bins, members, dtype=torch.float64, device=device)
 
     def _table(self) -> Tensor:
-        everywhere = self.responsibility.sum(0) + self.prior * self.start
-        everywhere = everywhere / everywhere.sum()
-        table = self.responsibility + self.prior * everywhere
-        return table / table.sum(1, keepdim=True)
+        everywhere = self.responsibility.sum(1, keepdim=True) + self.prior * self.start
+        table = self.responsibility + self.prior * everywhere / everywhere.sum(2, keepdim=True)
+        return table / table.sum(2, keepdim=True)
 
     def weights(self, bins: Tensor) -> Tensor:
-        return self._table().float()[bins]
+        """Weights [G, n, E] for rows with context bins [n]; each row sums to 1."""
+        return self._table().float()[:, bins]
 
     def update(self, log_probs: Tensor, bins: Tensor) -> None:
-        posterior = (self._table()[bins].log() + log_probs.double()).softmax(1)
-        self.responsibility.mul_(self.decay).index_add_(0, bins, posterior)
+        """`log_probs` [G, n, E]: what each member gave the scored targets."""
+        posterior = (self._table()[:, bins].log() + log_probs.double()).softmax(2)
+        self.responsibility.mul_(self.decay).index_add_(1, bins, posterior)
 
 
 MIXERS = ("context", "hedge", "fixed_share")
@@ -347,8 +387,14 @@ TRANSFORMS = ("tilt", "temperature", "calibration")  # re-shape the neural distr
 MEMBERS = ("ngram", "cache", "unigram", "bigram", "trigram", "entropy")  # stand beside it in the mixture
 EXPERTS = TRANSFORMS + MEMBERS
 
-ENTROPY_EDGES = (0.02, 0.06, 0.12, 0.2, 0.3, 0.42)  # of ln V: context bins of the neural entropy
-ORDER_GROUPS = (0, 1, 2, 3, 4, 4, 5, 5, 5)          # context bins of the longest matched context
+# What makes two positions alike to the mixer and the tilt.
+ORDER_GROUPS = (0, 1, 2, 3, 4, 4, 5, 5, 5)  # by length of the longest context seen
+BIN_EDGES = {
+    "count": (2, 4),  # times that context was seen
+    "entropy": (0.02, 0.06, 0.12, 0.2, 0.3, 0.42),  # of the model, as a fraction of ln V
+    "belief": (0.05, 0.3, 0.7),  # the model's probability of that context's most frequent successor
+    "hint": (2, 4, 8, 16),  # times the tilt's hint was seen
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,11 +450,14 @@ class ExpertMixture:
         self.members = ("neural", *untouched, *[name for name in MEMBERS if name in config.names])
         self.history = NgramHistory(vocab_size, config.max_order, config.max_contexts, device=device)
         self.updates = 0
-        self.num_bins = (max(ORDER_GROUPS) + 1) * 3 * (len(ENTROPY_EDGES) + 1) * 4
+        self.num_bins = (max(ORDER_GROUPS) + 1) * math.prod(len(BIN_EDGES[name]) + 1 for name in ("count", "entropy", "belief"))
         self.mixer = self._make_mixer(len(self.members))
         # What one member alone would gain: a two-member mixture of the same kind, neural + it.
-        self.pair_mixers = {name: self._make_mixer(2) for name in self.members[1:]} if config.report else {}
-        self.tilt_bins = config.max_order * 5
+        self.pairs = self.members[1:] if config.report else ()
+        self.pair_mixer = self._make_mixer(2, len(self.pairs)) if self.pairs else None
+        self.order_groups = torch.tensor(ORDER_GROUPS, device=device)
+        self.edges = {name: torch.tensor(edges, device=device) for name, edges in BIN_EDGES.items()}
+        self.tilt_bins = config.max_order * (len(BIN_EDGES["hint"]) + 1)
         self.tilt_beta = torch.full((self.tilt_bins,), config.tilt_beta, dtype=torch.float64, device=device)
         self.tilt_curvature = torch.full((self.tilt_bins,), 8.0, dtype=torch.float64, device=device)
         self.empirical = torch.zeros(vocab_size, dtype=torch.float64, device=device)
@@ -422,55 +471,57 @@ class ExpertMixture:
     def series(self) -> tuple[str, ...]:
         """Names of the log-probability series of `Prediction.record`, the final mixture first."""
         ladder = ("neural_raw", *(f"+{name}" for name in self.transforms))
-        return ("final", *ladder, *self.members, *(f"neural|{name}" for name in self.pair_mixers))
+        return ("final", *ladder, *self.members, *(f"neural|{name}" for name in self.pairs))
 
-    def _make_mixer(self, members: int) -> HedgeMixer | ContextMixer:
+    def _make_mixer(self, members: int, groups: int = 1) -> HedgeMixer | ContextMixer:
         if self.config.mixer == "context":
-            return ContextMixer(members, self.num_bins, device=self.device)
+            return ContextMixer(members, self.num_bins, groups=groups, device=self.device)
         share = self.config.hedge_share if self.config.mixer == "fixed_share" else 0.0
-        return HedgeMixer(members, self.config.hedge_eta, share, device=self.device)
+        return HedgeMixer(members, self.config.hedge_eta, share, groups, device=self.device)
 
     def calibration_bias(self) -> Tensor:
         """Logit bias [V]: clamp(ln(f_emp / f_pred)) of exponentially averaged frequencies, shrunk towards 0 for rare tokens."""
         c = self.config
-        if self.predicted.sum() == 0:
-            return torch.zeros(self.vocab_size, device=self.device)
         bias = torch.log((self.empirical + c.calibration_prior) / (self.predicted + c.calibration_prior))
         return bias.clamp(-c.calibration_clamp, c.calibration_clamp).float()
 
     @torch.no_grad()
-    def predict(self, logits: Tensor, contexts: Tensor) -> Prediction:
-        """The distribution at n positions, from neural logits [n, V] and context rows [n, K-1]. Changes nothing."""
-        return Prediction(self, logits, contexts)
+    def predict(self, logits: Tensor, contexts: Tensor, rows: Tensor | None = None) -> Prediction:
+        """The distribution at the positions of a block, from neural logits [n, V] and context rows [n, K-1]. Changes nothing.
+
+        With several ranks each predicts a share: `rows` [r] says which positions of the block its logits [r, V] are of.
+        """
+        return Prediction(self, logits, contexts, rows)
 
     @torch.no_grad()
-    def update(self, contexts: Tensor, targets: Tensor, record: Tensor, mass: Tensor) -> None:
-        """Learn from a scored block: contexts [n, K-1], targets [n], the block's `Prediction.record` [n, C] (float64) and the sum
-        over the block of the predicted probabilities [V]."""
+    def update(self, prediction: Prediction, targets: Tensor, record: Tensor, mass: Tensor) -> None:
+        """Learn from a scored block: its prediction (any rank's), targets [n], the whole block's `Prediction.record` [n, C] (float64)
+        and the sum over the block of the predicted probabilities [V]."""
         if targets.numel() == 0:
             return
         columns = {name: record[:, i] for i, name in enumerate(self.series)}
         bins, tilt_bin, hint_prob = record[:, -3].long(), record[:, -2].long(), record[:, -1]
-        self.mixer.update(torch.stack([columns[name] for name in self.members], 1), bins)
-        for name, mixer in self.pair_mixers.items():
-            mixer.update(torch.stack([columns["neural"], columns[name]], 1), bins)
+        self.mixer.update(torch.stack([columns[name] for name in self.members], 1)[None], bins)
+        if self.pair_mixer:
+            others = torch.stack([columns[name] for name in self.pairs])
+            self.pair_mixer.update(torch.stack((columns["neural"].expand_as(others), others), 2), bins)
         if "tilt" in self.transforms and not self.config.tilt_beta:
-            self._learn_tilt(contexts, targets, tilt_bin, hint_prob)
+            self._learn_tilt(prediction.block_nodes, targets, tilt_bin, hint_prob)
         if "calibration" in self.transforms:
             decay = self.config.calibration_momentum ** (targets.numel() / 64)  # the momentum is one of 64-token strides
-            seen = torch.bincount(targets, minlength=self.vocab_size)[: self.vocab_size]
+            seen = torch.zeros_like(self.empirical).index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
             self.empirical.mul_(decay).add_(seen)
             self.predicted.mul_(decay).add_(mass)
         if self.config.names:
-            self.history.update(contexts, targets)
+            self.history.update(prediction.block_contexts, targets, prediction.block_nodes)
         self.updates += 1
 
-    def _learn_tilt(self, contexts: Tensor, targets: Tensor, tilt_bin: Tensor, hint_prob: Tensor) -> None:
+    def _learn_tilt(self, nodes: Tensor, targets: Tensor, tilt_bin: Tensor, hint_prob: Tensor) -> None:
         """One online Newton step on each bin's beta: d(nll)/d(beta) = p(h) - [target is h], curvature p(h)(1 - p(h)).
 
         The hints are looked up before this block is counted, so they are those that were scored with.
         """
-        hint, count = self._hint(self.history.nodes(contexts))[:2]
+        hint, count = self._hint(nodes)[:2]
         used = count > 0
         gap = ((hint == targets).double() - hint_prob) * used
         self.tilt_curvature.index_add_(0, tilt_bin, hint_prob * (1 - hint_prob) * used)
@@ -493,18 +544,20 @@ class Prediction:
     `probs(candidates)` is the one way to its values: scoring asks it for the targets, the audit for the whole vocabulary.
     """
 
-    def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor):
+    def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor, rows: Tensor | None = None):
         config, history = mixture.config, mixture.history
         self.mixture = mixture
         self.updates_before = mixture.updates
-        self.nodes = history.nodes(contexts)
+        self.block_contexts, self.block_nodes = contexts, history.nodes(contexts)
+        self.nodes = self.block_nodes if rows is None else self.block_nodes[rows]
         log_p = logits.float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         ladder = [log_p]
 
         self.entropy = entropy
         hint, hint_count, hint_length = mixture._hint(self.nodes)
-        self.tilt_bin = hint_length * 5 + torch.bucketize(hint_count, hint_count.new_tensor((2, 4, 8, 16)), right=True)
+        edges = mixture.edges["hint"]
+        self.tilt_bin = hint_length * (len(edges) + 1) + torch.bucketize(hint_count, edges, right=True)
         for name in mixture.transforms:
             if name == "tilt":  # p'(w) = p(w) e^{beta [w = h]} / Z,  Z = 1 + p(h)(e^beta - 1)
                 beta = torch.where(hint_count > 0, mixture.tilt_beta[self.tilt_bin].float(), 0.0)
@@ -523,21 +576,19 @@ class Prediction:
         found = history.matched_order(self.nodes, config.min_count)
         self.alpha = order_adaptive_alpha(entropy, found + 1)[:, None]
         self.bins = self._context_bins()
-        self.weights = mixture.mixer.weights(self.bins)
-        self.pair_weights = {name: mixer.weights(self.bins) for name, mixer in mixture.pair_mixers.items()}
+        self.weights = mixture.mixer.weights(self.bins)[0]
 
     def _context_bins(self) -> Tensor:
         """What kind of position this is [n]: matched order x its count x neural entropy x neural belief in the n-gram's hint."""
-        history, log_p = self.mixture.history, self.ladder[-1]
+        history, groups, edges = self.mixture.history, self.mixture.order_groups, self.mixture.edges
         length = history.matched_order(self.nodes)
         node = self.nodes.gather(1, length[:, None]).squeeze(1)
-        group = torch.tensor(ORDER_GROUPS, device=length.device)[length.clamp_max(len(ORDER_GROUPS) - 1)]
-        count = torch.bucketize(history.node_stats[node, 0], torch.tensor((2, 4), device=length.device), right=True)
-        edges = torch.tensor(ENTROPY_EDGES, device=length.device)
-        sure = torch.bucketize(self.flatten.squeeze(1), edges, right=True)
-        belief = log_p.gather(1, history.hint(node)[0][:, None]).squeeze(1).exp()
-        agree = torch.bucketize(belief, torch.tensor((0.05, 0.3, 0.7), device=length.device), right=True)
-        return ((group * 3 + count) * (len(ENTROPY_EDGES) + 1) + sure) * 4 + agree
+        belief = self.ladder[-1].gather(1, history.hint(node)[0][:, None]).squeeze(1).exp()
+        values = {"count": history.node_stats[node, 0], "entropy": self.flatten.squeeze(1), "belief": belief}
+        bins = groups[length.clamp_max(len(groups) - 1)]
+        for name, value in values.items():
+            bins = bins * (len(edges[name]) + 1) + torch.bucketize(value, edges[name], right=True)
+        return bins
 
     def member_probs(self, candidates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Every member's probabilities [n, m, E] of candidate tokens [n, m] at the (selected) positions."""
@@ -577,10 +628,12 @@ class Prediction:
         picked = targets[:, None]
         members = self.member_probs(picked).squeeze(1)
         final = (members * self.weights).sum(-1)
-        pairs = [(members[:, [0, 1 + i]] * weights).sum(-1) for i, weights in enumerate(self.pair_weights.values())]
-        log_p = [final.log(), *(log_p.gather(1, picked).squeeze(1) for log_p in self.ladder), *members.log().unbind(-1),
-                 *(p.log() for p in pairs)]
-        return torch.stack([*log_p, self.bins, self.tilt_bin, self.hint_prob], dim=1).double()
+        logs = [final.log(), *(log_p.gather(1, picked).squeeze(1) for log_p in self.ladder), *members.log().unbind(-1)]
+        if self.mixture.pair_mixer:
+            weights = self.mixture.pair_mixer.weights(self.bins)
+            others = members[:, 1:].T
+            logs += (weights[..., 0] * members[:, 0] + weights[..., 1] * others).log().unbind(0)
+        return torch.stack([*logs, self.bins, self.tilt_bin, self.hint_prob], dim=1).double()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def run_mixture(config, tokens, vocab, logits, block=16, keep=()):
         for t in set(at.tolist()) & set(keep):
             rows[t] = prediction.distribution(torch.tensor([t - start]))[0]
         records.append(prediction.record(targets))
-        mixture.update(contexts, targets, records[-1], prediction.mass())
+        mixture.update(prediction, targets, records[-1], prediction.mass())
     return mixture, torch.cat(records), rows
 
 
@@ -203,7 +203,7 @@ def test_prediction_refuses_to_score_after_its_block_was_counted():
     mixture = ExpertMixture(ExpertConfig(("ngram",), max_order=3), 9)
     contexts, targets = torch.full((4, 2), 9), torch.tensor([1, 2, 3, 4])
     prediction = mixture.predict(torch.zeros(4, 9), contexts)
-    mixture.update(contexts, targets, prediction.record(targets), prediction.mass())
+    mixture.update(prediction, targets, prediction.record(targets), prediction.mass())
     with pytest.raises(RuntimeError, match="counted"):
         prediction.probs(targets[:, None])
 
@@ -253,7 +253,7 @@ def test_fixed_tilt_is_the_closed_form():
     contexts, targets = torch.tensor([[3], [3], [3]]), torch.tensor([2, 2, 4])
     first = mixture.predict(torch.zeros(3, 5), contexts)
     assert torch.allclose(first.ladder[-1].exp(), torch.full((3, 5), 0.2))  # nothing scored yet, no hint
-    mixture.update(contexts, targets, first.record(targets), first.mass())
+    mixture.update(first, targets, first.record(targets), first.mass())
     got = mixture.predict(torch.zeros(1, 5), torch.tensor([[3]])).ladder[-1].exp()[0]
     z = 1 + 0.2 * (math.exp(0.7) - 1)
     assert got.tolist() == pytest.approx([0.2 / z, 0.2 / z, 0.2 * math.exp(0.7) / z, 0.2 / z, 0.2 / z], abs=1e-6)
@@ -274,17 +274,17 @@ def test_order_adaptive_alpha_is_the_cards():
 def test_hedge_is_exponential_weights():
     hedge = HedgeMixer(3, eta=0.5)
     losses = torch.tensor([[1.0, 2.0, 0.5], [0.1, 0.3, 4.0]])
-    hedge.update(-losses, torch.zeros(2, dtype=torch.int64))
-    assert torch.allclose(hedge.weights(torch.zeros(1, dtype=torch.int64))[0], (-0.5 * losses.sum(0)).softmax(0), atol=1e-6)
+    hedge.update(-losses[None], torch.zeros(2, dtype=torch.int64))
+    assert torch.allclose(hedge.weights(torch.zeros(1, dtype=torch.int64))[0, 0], (-0.5 * losses.sum(0)).softmax(0), atol=1e-6)
 
 
 def test_fixed_share_comes_back():
     g = torch.zeros(1, dtype=torch.int64)
     mixers = HedgeMixer(2, eta=1.0), HedgeMixer(2, eta=1.0, share=0.01)
     for mixer in mixers:
-        mixer.update(torch.tensor([[-1.0, -30.0]]), g)
-        mixer.update(torch.tensor([[-8.0, -1.0]]), g)
-    assert mixers[0].weights(g)[0, 1] < 1e-6 < 0.5 < mixers[1].weights(g)[0, 1]
+        mixer.update(torch.tensor([[[-1.0, -30.0]]]), g)
+        mixer.update(torch.tensor([[[-8.0, -1.0]]]), g)
+    assert mixers[0].weights(g)[0, 0, 1] < 1e-6 < 0.5 < mixers[1].weights(g)[0, 0, 1]
 
 
 def test_context_mixer_finds_each_bins_best_combination():
@@ -293,8 +293,8 @@ def test_context_mixer_finds_each_bins_best_combination():
     good, bad = math.log(0.9), math.log(0.01)
     for i in range(400):
         first = [good, bad] if i % 4 else [bad, good]
-        mixer.update(torch.tensor([first, [bad, good]]), torch.tensor([0, 1]))
-    weights = mixer.weights(torch.tensor([0, 1]))
+        mixer.update(torch.tensor([[first, [bad, good]]]), torch.tensor([0, 1]))
+    weights = mixer.weights(torch.tensor([0, 1]))[0]
     assert torch.allclose(weights.sum(1), torch.ones(2)) and abs(weights[0, 0] - 0.75) < 0.05 and weights[1, 1] > 0.9
 
 
