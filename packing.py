@@ -16,6 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -179,9 +180,35 @@ _ROW_GAIN = np.array(  # 2^(−offset/4) in fixed point: takes a row's own size 
     dtype=np.int64,
 )
 _PRIOR_ROWS = 4  # weight of the tensor's overall mean against a column's own, in rows
-_TABLE_LIMIT = 1 << 20  # a table is halved beyond this total; keeps sums below 2^24 with room for a slice
-_CARRY_LIMIT = 1 << 14  # … and beyond this one where a new tensor begins: old statistics guide, they don't rule
+_STEP = 32  # what a symbol adds to its table
+_PRIOR_TOTAL = 1 << 13  # a fresh table's total: its prior is worth 256 symbols
+_TABLE_LIMIT = 1 << 22  # a table is halved beyond this total; keeps sums below 2^24 with room for a slice
+_CARRY_LIMIT = 1 << 17  # … and beyond this one where a new tensor begins: old statistics guide, they don't rule
+# Modes of a matrix. Matrices trained by Muon are nearly isotropic: their columns say nothing about each other. An embedding's do; there
+# each column is predicted from those before it, by regression learned from the rows above.
+PLAIN, OFFSET_ROWS, PREDICTED = range(3)
+PREDICTED_ROWS = 1 << 18  # at most: keeps a table's sum below 2^24
+_INNOVATION, _COEFFICIENT = 6, 12  # fractional bits of innovations and of regression coefficients
 _SLICE_FIRST, _SLICE_MOST = 4096, 32768  # symbols a slice
+
+
+def _prior(level: int, size: int) -> np.ndarray:
+    """Table to start a context from: Gaussian with the mean |q| it stands for, as int64 [size] for |q| = 0 … size−1.
+
+    In integer arithmetic, since exp differs between machines: g(q) = ρ^(q²) by recurrence, ρ = e^(−1/2σ²) as (1 − 1/2¹⁰σ²)^512.
+    """
+    one = 1 << 60
+    # mean = 2^(level/4 - 5 + 1/8), σ = 1.25 mean, in units of 2^-20
+    sigma = 5 * math.isqrt(math.isqrt(math.isqrt(1 << (2 * level + 1 + 8 * (20 - 5))))) // 4
+    rho = max(0, one - (one << 40) // (sigma * sigma << 10))
+    for _ in range(9):
+        rho = rho * rho // one
+    mass, weight, factor = [], one, rho
+    for _ in range(size):
+        mass.append(weight)
+        weight, factor = weight * factor // one, factor * rho // one * rho // one
+    total = 2 * sum(mass) - mass[0]
+    return np.array([1 + _PRIOR_TOTAL * value // total for value in mass], dtype=np.int64)
 
 
 class _SymbolModel:
@@ -191,31 +218,17 @@ class _SymbolModel:
         self.alphabet = 1 << bits
         self.low = -(1 << (bits - 1))
         magnitude = np.abs(np.arange(self.alphabet, dtype=np.int64) + self.low)
-        # Weak prior: two-sided geometric with the mean magnitude m that a context stands for, 64 · (m / (m + 1))^|q|, and 1 at least
-        # so that nothing becomes impossible. Integers throughout: m in 1/256, the power by repeated floor division.
-        self.tables = np.ones((_LEVELS, self.alphabet), dtype=np.int64)
-        for level in range(_LEVELS):
-            mean = math.isqrt(math.isqrt(1 << (level + 4 * (8 - 5))))
-            mass, weight = np.ones(magnitude.max() + 1, dtype=np.int64), 64 << 16
-            for size in range(len(mass)):
-                mass[size] = max(1, weight >> 16)
-                weight = weight * mean // (mean + 256)
-            self.tables[level] = mass[magnitude]
+        self.tables = np.array([_prior(level, magnitude.max() + 1)[magnitude] for level in range(_LEVELS)])
+        self.predicted = self.tables.copy()  # of innovations: another shape, and no contexts shared
         self.row_table = np.ones(2 * _ROW_OFFSETS + 1, dtype=np.int64)
         self.row_table[_ROW_OFFSETS] = 8
 
     def start_tensor(self, columns: int) -> None:
         """Forget the column means; keep the tables, but shrink them so that this tensor's own statistics soon prevail."""
-        self._shrink(_CARRY_LIMIT)
+        _shrink(self.tables, _CARRY_LIMIT)
         self.columns = columns
         self.sums = np.zeros(columns, dtype=np.int64)
         self.rows = 0
-
-    def _shrink(self, limit: int) -> None:
-        totals = self.tables.sum(axis=1)
-        while (over := totals > limit).any():
-            self.tables[over] = np.maximum(self.tables[over] >> 1, 1)
-            totals = self.tables.sum(axis=1)
 
     def column_levels(self) -> np.ndarray:
         """int64 [columns]: context of each column from the rows seen so far."""
@@ -234,11 +247,22 @@ class _SymbolModel:
     def update(self, symbols: np.ndarray, contexts: np.ndarray, row_offsets: np.ndarray) -> None:
         """Learn a coded slice. symbols: int64 [rows, columns] shifted to start at 0."""
         flat = contexts.ravel().astype(np.int64) * self.alphabet + symbols.ravel()
-        self.tables += 4 * np.bincount(flat, minlength=_LEVELS * self.alphabet).reshape(_LEVELS, self.alphabet)
-        self._shrink(_TABLE_LIMIT)
+        self.tables += _STEP * np.bincount(flat, minlength=_LEVELS * self.alphabet).reshape(_LEVELS, self.alphabet)
+        _shrink(self.tables, _TABLE_LIMIT)
         magnitude = np.abs(symbols + self.low)
         self.sums += (magnitude * _ROW_GAIN[row_offsets + _ROW_OFFSETS][:, None]).sum(axis=0)
         self.rows += len(symbols)
+
+    def update_predicted(self, symbols: np.ndarray, level: int) -> None:
+        """Learn a column coded under prediction. symbols: int64 [rows]."""
+        self.predicted[level] += _STEP * np.bincount(symbols, minlength=self.alphabet)
+        _shrink(self.predicted[level : level + 1], _TABLE_LIMIT)
+
+
+def _shrink(tables: np.ndarray, limit: int) -> None:
+    """Halve, in place, each table whose total exceeds `limit`, until none does."""
+    while (over := tables.sum(axis=1) > limit).any():
+        tables[over] = np.maximum(tables[over] >> 1, 1)
 
 
 def _slices(rows: int, columns: int):
@@ -272,6 +296,29 @@ class _RangeCoder:
     def _table(self, counts: np.ndarray):
         return self.categorical(counts.astype(np.float32), perfect=False)
 
+    def _code_grouped(self, contexts: np.ndarray, tables: np.ndarray, symbols: np.ndarray | None) -> np.ndarray:
+        """Code symbols (int64 [n], from 0; None when decoding) each under the table of its context; -> the symbols.
+
+        All symbols of a context go through the coder in one call: a call a symbol would cost a hundred times the coding itself.
+        """
+        order = np.argsort(contexts, kind="stable")  # radix sort on small integers
+        counts = np.bincount(contexts, minlength=len(tables))
+        grouped = np.empty(contexts.size, dtype=np.int32) if symbols is None else symbols[order].astype(np.int32)
+        begin = 0
+        for context in np.flatnonzero(counts).tolist():
+            end = begin + int(counts[context])
+            table = self._table(tables[context])
+            if symbols is None:
+                grouped[begin:end] = self.decoder.decode(table, end - begin)
+            else:
+                self.encoder.encode(grouped[begin:end], table)
+            begin = end
+        if symbols is not None:
+            return symbols
+        result = np.empty(contexts.size, dtype=np.int64)
+        result[order] = grouped
+        return result
+
     def _code_offsets(self, offsets: np.ndarray | None, count: int) -> np.ndarray:
         table = self._table(self.model.row_table)
         if self.decoder is None:
@@ -279,49 +326,108 @@ class _RangeCoder:
         else:
             offsets = self.decoder.decode(table, count).astype(np.int64) - _ROW_OFFSETS
         self.model.row_table += 8 * np.bincount(offsets + _ROW_OFFSETS, minlength=len(self.model.row_table))
-        if self.model.row_table.sum() > _CARRY_LIMIT:
+        if self.model.row_table.sum() > 1 << 12:
             self.model.row_table = np.maximum(self.model.row_table >> 1, 1)
         return offsets
 
-    def code(self, codes: np.ndarray, row_offsets: np.ndarray | None, has_offsets: bool) -> None:
+    def code(self, codes: np.ndarray, mode: int, row_offsets: np.ndarray | None = None) -> None:
         """Encode int8 `codes` [rows, columns], or fill them when decoding. `row_offsets`: int64 [rows], encoder only."""
+        if mode == PREDICTED:
+            self._code_predicted(codes)
+        else:
+            self._code_rows(codes, row_offsets, mode == OFFSET_ROWS)
+
+    def _code_rows(self, codes: np.ndarray, row_offsets: np.ndarray | None, has_offsets: bool) -> None:
         model = self.model
         rows, columns = codes.shape
         model.start_tensor(columns)
         for start, stop in _slices(rows, columns):
             offsets = np.zeros(stop - start, dtype=np.int64)
             if has_offsets:
-                chosen = row_offsets[start:stop] if self.decoder is None else None
-                offsets = self._code_offsets(chosen, stop - start)
+                offsets = self._code_offsets(row_offsets[start:stop] if self.decoder is None else None, stop - start)
             contexts = model.contexts(offsets)
-            flat = contexts.ravel()
-            order = np.argsort(flat, kind="stable")  # radix sort on uint8
-            ends = np.cumsum(np.bincount(flat, minlength=_LEVELS))
-            if self.decoder is None:
-                symbols = codes[start:stop].astype(np.int64).ravel() - model.low
-                grouped = symbols[order].astype(np.int32)
-            else:
-                grouped = np.empty(flat.size, dtype=np.int32)
-            begin = 0
-            for level, end in enumerate(ends.tolist()):
-                if end > begin:
-                    table = self._table(model.tables[level])
-                    if self.decoder is None:
-                        self.encoder.encode(grouped[begin:end], table)
-                    else:
-                        grouped[begin:end] = self.decoder.decode(table, end - begin)
-                begin = end
+            known = codes[start:stop].astype(np.int64).ravel() - model.low if self.decoder is None else None
+            symbols = self._code_grouped(contexts.ravel(), model.tables, known).reshape(contexts.shape)
             if self.decoder is not None:
-                symbols = np.empty(flat.size, dtype=np.int64)
-                symbols[order] = grouped
-                codes[start:stop] = (symbols + model.low).reshape(stop - start, columns)
-            model.update(symbols.reshape(stop - start, columns), contexts, offsets)
+                codes[start:stop] = symbols + model.low
+            model.update(symbols, contexts, offsets)
+
+    def _code_predicted(self, codes: np.ndarray) -> None:
+        """Column by column, each predicted from those before it; the predictor is learned from the rows above, block by block."""
+        model = self.model
+        rows, columns = codes.shape
+        blocks = _predicted_blocks(rows, columns)
+        self._code_rows(codes[: blocks[0]], None, False)
+        half, scale = model.alphabet // 2, float(1 << _INNOVATION)
+        gram, seen = np.zeros((columns, columns)), 0
+        for start, stop in itertools.pairwise(blocks):
+            fresh = codes[seen:start].astype(np.float64)
+            gram, seen = gram + fresh.T @ fresh, start
+            lower, levels = _innovations(gram, start)
+            innovation = np.zeros((stop - start, columns))
+            for column in range(columns):
+                # Integers held by float64: every product and partial sum stays below 2^53, so that no order of summation rounds.
+                guess = np.floor(innovation[:, :column] @ lower[column, :column] / (1 << _COEFFICIENT) + 0.5)
+                guess = np.clip(guess, model.low * scale, -model.low * scale)
+                shift = np.floor(guess / scale + 0.5).astype(np.int64) - half
+                table = self._table(model.predicted[levels[column]])
+                if self.decoder is None:
+                    symbols = (codes[start:stop, column] - shift) % model.alphabet
+                    self.encoder.encode(symbols.astype(np.int32), table)
+                else:
+                    symbols = self.decoder.decode(table, stop - start).astype(np.int64)
+                    codes[start:stop, column] = (symbols + shift - model.low) % model.alphabet + model.low
+                innovation[:, column] = codes[start:stop, column] * scale - guess
+                model.update_predicted(symbols, int(levels[column]))
+
+
+def _predicted_blocks(rows: int, columns: int) -> list[int]:
+    """Ends of the row blocks of `_code_predicted`: as many rows as columns first (without prediction), then half as many again each."""
+    ends = [columns]
+    while ends[-1] < rows:
+        ends.append(min(rows, ends[-1] * 3 // 2))
+    return ends
+
+
+def _innovations(gram: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """LDLᵀ of the second moments of `rows` rows: column = Σ_j L[column, j] · innovation_j + its own, of variance D.
+
+    -> (L in units of 2^-_COEFFICIENT, whole numbers in float64 [C, C]; context level of each column's innovation, int64 [C]).
+    Off the diagonal the moments are shrunk by rows / (rows + 3/2 columns): with few rows a coefficient is mostly noise. Only
+    elementwise products, differences, quotients and roots are used, one operation at a time: IEEE 754 defines each to the last bit,
+    so that all machines find the same whole numbers. A library's factorization would not promise that.
+    """
+    columns = len(gram)
+    work = gram * (rows / (rows + 1.5 * columns))
+    np.fill_diagonal(work, gram.diagonal() + 0.1 * rows)
+    lower, variance = np.zeros_like(work), np.zeros(columns)
+    for j in range(columns):
+        variance[j] = max(work[j, j], 0.01 * rows)
+        below = work[j + 1 :, j] / variance[j]
+        lower[j + 1 :, j] = below
+        work[j + 1 :, j + 1 :] -= np.multiply.outer(below, work[j, j + 1 :])
+    lower = np.clip(np.floor(lower * (1 << _COEFFICIENT) + 0.5), -(1 << 20), 1 << 20)
+    mean = np.floor(np.sqrt(variance / rows) * (0.8 * (1 << _FIXED)))  # mean magnitude of a Gaussian: sqrt(2/π) of its deviation
+    return lower, np.searchsorted(_LEVEL_THRESHOLDS, mean.astype(np.int64), side="right")
+
+
+def _prediction_pays(codes: np.ndarray) -> bool:
+    """An encoder's guess: does a predictor from the first half of the rows shrink the second half's innovations?"""
+    rows, columns = codes.shape
+    if not 3 * columns <= rows <= PREDICTED_ROWS or columns < 8:
+        return False
+    first, second = codes[: rows // 2].astype(np.float64), codes[rows // 2 :].astype(np.float64)
+    lower, _ = _innovations(first.T @ first, len(first))
+    lower = lower / (1 << _COEFFICIENT) + np.eye(columns)
+    innovation = np.linalg.solve(lower, second.T)
+    gain = np.log2(np.maximum(second.var(axis=0), 0.05)) - np.log2(np.maximum(innovation.var(axis=1), 0.05))
+    return float(gain.mean()) / 2 > 0.005  # bits a symbol
 
 
 def range_encode(matrices: list[np.ndarray], bits: int) -> bytes:
     """Range-code int8 matrices [rows, columns] whose symbols lie in [−2^(bits−1), 2^(bits−1) − 1].
 
-    Returns `[one flag byte a matrix, padded to 4][little-endian 32-bit words]`. Order matters for size only: statistics carry
+    Returns `[one mode byte a matrix, padded to 4][little-endian 32-bit words]`. Order matters for size only: statistics carry
     over from one matrix to the next, so that alike ones should be neighbours.
     """
     import constriction
@@ -334,14 +440,15 @@ def range_encode(matrices: list[np.ndarray], bits: int) -> bytes:
             continue
         offsets = _row_offsets(codes)
         best = None
-        for has_offsets in (False, True) if offsets.any() else (False,):
+        modes = [PLAIN] + [OFFSET_ROWS] * bool(offsets.any()) + [PREDICTED] * _prediction_pays(codes)
+        for mode in modes:
             trial = _RangeCoder(bits, encoder=coder.encoder.clone())
             trial.model = copy.deepcopy(coder.model)
-            trial.code(codes, offsets, has_offsets)
+            trial.code(codes, mode, offsets)
             size = trial.encoder.num_bits()
             if best is None or size < best[0]:
-                best = (size, has_offsets, trial)
-        flags.append(int(best[1]))
+                best = (size, mode, trial)
+        flags.append(best[1])
         coder = best[2]
     head = bytes(flags)
     return head + b"\0" * (-len(head) % 4) + coder.encoder.get_compressed().astype("<u4").tobytes()
@@ -352,7 +459,7 @@ def range_decode(data: bytes, shapes: list[tuple[int, int]], bits: int) -> list[
     import constriction
 
     head = len(shapes) + -len(shapes) % 4
-    if len(data) < head or len(data) % 4 or any(data[len(shapes) : head]) or max(data[: len(shapes)], default=0) > 1:
+    if len(data) < head or len(data) % 4 or any(data[len(shapes) : head]) or max(data[: len(shapes)], default=0) > PREDICTED:
         raise ValueError("range: malformed stream")
     words = np.frombuffer(data, "<u4", offset=head).astype(np.uint32)
     coder = _RangeCoder(bits, decoder=constriction.stream.queue.RangeDecoder(words))
@@ -361,7 +468,9 @@ def range_decode(data: bytes, shapes: list[tuple[int, int]], bits: int) -> list[
         for shape, flag in zip(shapes, data):
             codes = np.zeros(shape, dtype=np.int8)
             if codes.size:
-                coder.code(codes, None, bool(flag))
+                if flag == PREDICTED and not shape[1] <= shape[0] <= PREDICTED_ROWS:
+                    raise ValueError("no shape for prediction")
+                coder.code(codes, flag)
             out.append(codes)
     except (AssertionError, ValueError) as error:  # constriction's report of words that no encoder writes
         raise ValueError(f"range: {error}") from None

@@ -542,13 +542,12 @@ MAX_BATCH_ELEMENTS = 1 << 26  # weights a GPTQ batch: bounds its working memory 
 
 
 class Solver:
-    """Quantizes units; keeps what depends on the Hessians alone, so that a search pays for it once."""
+    """Quantizes units. `prepared` keeps what depends on the Hessians alone: a search pays for it once."""
 
-    def __init__(self, hessians: dict[str, Tensor], cfg: Config):
-        self.cfg = cfg
+    def __init__(self, hessians: dict[str, Tensor], cfg: Config, prepared: dict[str, Prepared]):
+        self.cfg, self.prepared = cfg, prepared
         self.hessians = hessians if cfg.quant_method == "gptq" else {}
         self.reference = hessians  # RTN's errors are weighed by the same Hessians
-        self.prepared: dict[str, Prepared] = {}
 
     @torch.no_grad()
     def solve(self, units: list[Unit]) -> dict[str, Solution]:
@@ -807,6 +806,7 @@ class Quantizer:
         self.seconds = {"calibration": 0.0, "solving": 0.0, "packing": 0.0}
         self.skipped_rotations: list[str] = rotate_values(self.model) if cfg.hadamard_vo else []
         self._counts: np.ndarray | None = None
+        self.prepared: dict[float, dict[str, Prepared]] = {}  # by damping: solving again under other grids is then cheap
 
     @contextlib.contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -841,17 +841,11 @@ class Quantizer:
         """Solve and pack. `cfg` may differ from the quantizer's in quantization settings."""
         cfg = cfg or self.cfg
         with self.clock("solving"):
-            solver = self._solver(cfg)
-            solutions = solver.solve(units)
+            solutions = Solver(self.hessians, cfg, self.prepared.setdefault(cfg.gptq_damp, {})).solve(units)
             records = make_records(units, solutions, tops, self.hessians, cfg)
         with self.clock("packing"):
             data = packing.pack_artifact(self.header(cfg), records, cfg.compressor)
         return Packed(units, solutions, records, data)
-
-    def _solver(self, cfg: Config) -> Solver:
-        solver = Solver(self.hessians, cfg)
-        solver.prepared = self.__dict__.setdefault(f"_prepared_{cfg.gptq_damp}", {})
-        return solver
 
     @contextlib.contextmanager
     def weights_replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -202,7 +202,7 @@ def test_what_cannot_be_restored_is_refused(record):
 
 
 def test_missing_artifact(tmp_path):
-    with pytest.raises(UserError, match="nowhere.bin"):
+    with pytest.raises(UserError, match=r"nowhere\.bin"):
         packing.read_artifact(tmp_path / "nowhere.bin")
     with pytest.raises(UserError):
         packing.read_artifact(tmp_path)  # a folder

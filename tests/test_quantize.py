@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_packing import reseal
 
 import packing
 import quantize as Q
 import train_gpt
-from test_packing import reseal
 from train_gpt import BOS_ID, Config, RunContext, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
