@@ -354,7 +354,7 @@ class ContextMixer:
     on the weights over all bins, and those on a prior that favours the first member (the neural model). G mixtures run side by side.
     """
 
-    def __init__(self, members: int, bins: int, prior: float = 64.0, first: float = 0.9, decay: float = 1.0, groups: int = 1,
+    def __init__(self, members: int, bins: int, prior: float = 16.0, first: float = 0.9, decay: float = 1.0, groups: int = 1,
                  device: torch.device | str = "cpu"):
         start = torch.full((members,), (1 - first) / max(members - 1, 1), dtype=torch.float64)
         start[0] = first if members > 1 else 1.0
