@@ -286,7 +286,11 @@ class Config:
     audit_tokens: int = _eval(0, "the audit's reruns stay within the first n tokens; 0: two chunks and a window", low=0)
     audit_places: int = _eval(6, "places where the audit changes tokens and runs again", low=1)
     audit_samples: int = _eval(64, "positions whose full distribution the audit looks at", low=1)
-    audit_tolerance: float = _eval(0.02, "largest difference in nats the audit's reruns may show on a GPU; on a CPU it is 0", low=0)
+    audit_tolerance: float = _eval(
+        0.001,
+        "nats by which the audit's reruns may differ on a GPU, beyond 4 times the measured noise of an unchanged rerun; CPU: 0",
+        low=0,
+    )
 
     # Filled by resolve_config: setting -> "default", "preset:<name>", "run" or "env".
     origins: dict = field(default_factory=dict, compare=False, repr=False)
@@ -2394,7 +2398,7 @@ class Trainer:
                 line += f" mfu:{values['mfu']:.0%}"
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             line += f" mem:{values['peak_memory_gib']:.1f}G"
-        remaining = state.elapsed * (1 - progress) / progress if progress else 0
+        remaining = max(0.0, state.elapsed * (1 - progress) / progress) if progress else 0.0
         self.ctx.log(f"{line} epoch:{state.stream.epoch:.2f} elapsed:{state.elapsed:.1f}s eta:{_duration(remaining)}")
         self.ctx.metric("train", step=state.step, elapsed=round(state.elapsed, 3), progress=progress, **values)
 

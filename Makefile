@@ -1,0 +1,48 @@
+# make demo       corpus → shards → trained model → artifact → val_bpb, from nothing but Python ≥ 3.10
+# make test       the CPU test suite (GPU tests are reported as skipped)
+# make test-gpu   the tests that need a CUDA GPU
+# make lint       ruff
+# Everything installs into .venv; PYTHON chooses the interpreter that makes it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HAVE_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
+TORCH := $(shell grep '^torch==' requirements.txt)
+GPUS := $(if $(HAVE_GPU),$(shell nvidia-smi -L | wc -l),0)
+
+.PHONY: demo test test-gpu lint clean install
+
+install: $(VENV)/.installed
+demo test test-gpu lint: $(VENV)/.installed
+
+# Without a GPU torch comes first, as its CPU build: from the configured index if that has one, else from PyTorch's own.
+$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-cuda.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+ifeq ($(HAVE_GPU),)
+	$(BIN)/python -m pip install --quiet '$(TORCH)+cpu' || \
+	  $(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+else
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -r requirements-cuda.txt
+endif
+	@touch $@
+
+# Each step is skipped when what it makes is there; `make clean` starts over. A killed training run is resumed.
+demo:
+	@$(BIN)/python demo.py
+
+test:
+	$(BIN)/python -m pytest
+
+test-gpu:
+	$(BIN)/python -m pytest -m gpu -s
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf runs/demo data/datasets/stdlib_sp1024 data/tokenizers/stdlib_sp1024.model
