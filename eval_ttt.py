@@ -318,6 +318,9 @@ class ScoreFirstEvaluator:
         self.seq_len = cfg.eval_seq_len or cfg.train_seq_len
         self.batch = eval_batch_size(cfg, self.seq_len, ctx.device)
         self.expert_config = expert_config(cfg)
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.fake_quantize = None  # the artifact's weights are the quantized ones: QAT's imitation has nothing left to do
         forward = maybe_compile(model)
         self.forward = FewShapes(forward, self.batch, cfg.eval_stride, self.seq_len, active=forward is not model)
         self.trainer = None
@@ -439,12 +442,19 @@ class _Pass:
 
     @torch.no_grad()
     def _score_mixed(self, start: int, end: int) -> None:
-        cfg, ctx, mixture = self.cfg, self.ctx, self.mixture
+        cfg = self.cfg
 
         def logits(inputs: Tensor, targets: Tensor, *, reduction: str, score_last: int) -> Tensor:
             return self.evaluator.forward(inputs, score_last=score_last)
 
-        positions, rows = self._model(start, end, logits, (cfg.vocab_size,))
+        with self.clock("model"):
+            positions, rows = self._model(start, end, logits, (cfg.vocab_size,))
+        with self.clock("experts"):
+            self._mix(start, end, positions, rows)
+
+    def _mix(self, start: int, end: int, positions: Tensor, rows: Tensor) -> None:
+        """Final scores of targets start..end-1 from this rank's model logits `rows` [n, V] at `positions` [n], block by block."""
+        cfg, ctx, mixture = self.cfg, self.ctx, self.mixture
         where = positions.tolist() if ctx.world_size > 1 else range(start, end)
         for begin in range(start, end, cfg.expert_block_tokens):
             until = min(begin + cfg.expert_block_tokens, end)
@@ -574,7 +584,8 @@ class AuditedRun:
     def check(self, trace: EvaluationTrace, artifact: Artifact, data_path: str) -> list[auditing.Check]:
         cfg, tokens, vocab = self.cfg, self.tokens, self.cfg.vocab_size
         on_gpu = self.evaluator.ctx.device.type == "cuda"
-        tolerance = cfg.audit_tolerance if on_gpu else 0.0
+        furthest = max(self.places, default=0)
+        allowance = auditing.measure_noise(self.evaluator, tokens, trace, furthest, cfg.audit_tolerance) if on_gpu else auditing.Allowance()
         tokenizer = load_tokenizer(cfg.tokenizer_path, vocab)
         documents, manifest = auditing.decoded_documents(tokens, tokenizer, BOS_ID), auditing.load_manifest(data_path)
         raw = {"decoded text": sum(map(len, documents))}
@@ -583,9 +594,9 @@ class AuditedRun:
             raw["manifest"] = manifest["splits"]["val"]["raw_bytes"]
         few = self.places[:: max(1, len(self.places) // 3)]
         return [
-            auditing.check_causality(self.evaluator, tokens, trace, self.places, vocab, tolerance),
-            auditing.check_documents(self.evaluator, tokens, trace, vocab, self.limit, BOS_ID, tolerance),
-            auditing.check_normalization(self.evaluator, tokens, trace, few, vocab, max(tolerance, 1e-5)),
+            auditing.check_causality(self.evaluator, tokens, trace, self.places, vocab, allowance),
+            auditing.check_documents(self.evaluator, tokens, trace, vocab, self.limit, BOS_ID, allowance),
+            auditing.check_normalization(self.evaluator, tokens, trace, few, vocab, allowance),
             auditing.check_score_before_update(trace),
             auditing.check_single_pass(trace),
             auditing.check_bytes(trace, raw),

@@ -584,7 +584,7 @@ class Prediction:
         length = history.matched_order(self.nodes)
         node = self.nodes.gather(1, length[:, None]).squeeze(1)
         belief = self.ladder[-1].gather(1, history.hint(node)[0][:, None]).squeeze(1).exp()
-        values = {"count": history.node_stats[node, 0], "entropy": self.flatten.squeeze(1), "belief": belief}
+        values = {"count": history.node_stats[node, 0].long(), "entropy": self.flatten.squeeze(1), "belief": belief}
         bins = groups[length.clamp_max(len(groups) - 1)]
         for name, value in values.items():
             bins = bins * (len(edges[name]) + 1) + torch.bucketize(value, edges[name], right=True)
