@@ -110,7 +110,7 @@ class Config:
     device: str = _data("auto", "auto: CUDA if present", choices=("auto", "cpu", "cuda"))
     compile: str = _data(
         "auto",
-        "whole: the forward as one graph; blocks: one graph a kind of block (quick); 0: eager; auto: whole on CUDA",
+        "whole: the forward as one graph; blocks: one graph a kind of block (quick); 0: eager; auto: on CUDA, whole to train, blocks to evaluate",
         choices=("auto", "0", "whole", "blocks"),
     )
     seed: int = _data(1337, "seed of the initial weights and of every random draw", low=0)
@@ -1626,20 +1626,20 @@ def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
     return model
 
 
-def compile_mode(cfg: Config, device: torch.device) -> str:
-    """'whole', 'blocks' or '0'."""
+def compile_mode(cfg: Config, device: torch.device, auto: str = "whole") -> str:
+    """'whole', 'blocks' or '0'; `auto` is what COMPILE=auto means on CUDA."""
     if cfg.compile != "auto":
         return cfg.compile
-    return "whole" if device.type == "cuda" else "0"
+    return auto if device.type == "cuda" else "0"
 
 
-def maybe_compile(model: GPT) -> Callable[..., Tensor]:
+def maybe_compile(model: GPT, auto: str = "whole") -> Callable[..., Tensor]:
     """The model's forward, compiled as COMPILE says. Same weights: `model` itself stays usable, uncompiled.
 
     "whole" takes minutes for a deep model and runs fastest. "blocks" compiles each kind of block once, and the head: seconds instead of
     minutes, recurrence on or off is the same code, and what is lost is fusion across block boundaries.
     """
-    mode = compile_mode(model.cfg, next(model.parameters()).device)
+    mode = compile_mode(model.cfg, next(model.parameters()).device, auto)
     if mode == "0":
         return model
     # Kinds of block x shapes x gradient modes are counted against one limit, beyond which a whole graph is refused.
