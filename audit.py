@@ -176,8 +176,9 @@ def measure_noise(evaluator: Evaluator, tokens: Tensor, trace: Trace, limit: int
     return Allowance(tolerance, gap.cummax(0).values)
 
 
-def check_causality(evaluator: Evaluator, tokens: Tensor, trace: Trace, places: Sequence[int], vocab_size: int,
-                    allowance: Allowance = Allowance()) -> Check:
+def check_causality(
+    evaluator: Evaluator, tokens: Tensor, trace: Trace, places: Sequence[int], vocab_size: int, allowance: Allowance = Allowance()
+) -> Check:
     """For each place j: replace tokens j.., run again, and compare every target before token j, and the distribution of token j itself."""
     compared, worst, where, rows, leaks = 0, 0.0, -1, 0, 0
     for place in places:
@@ -202,8 +203,9 @@ def check_causality(evaluator: Evaluator, tokens: Tensor, trace: Trace, places: 
     return Check("causality", verdict, figure, f"replaced all tokens from {list(places)} on and ran again; must agree {allowance}")
 
 
-def check_documents(evaluator: Evaluator, tokens: Tensor, trace: Trace, vocab_size: int, limit: int, bos_id: int = 1,
-                    allowance: Allowance = Allowance()) -> Check:
+def check_documents(
+    evaluator: Evaluator, tokens: Tensor, trace: Trace, vocab_size: int, limit: int, bos_id: int = 1, allowance: Allowance = Allowance()
+) -> Check:
     """Where documents are claimed to be independent: change the document before a document start; the next one's scores must stay."""
     name, what = "document independence", "changed one document and compared the scores of the next"
     if not evaluator.documents_independent:
@@ -235,8 +237,9 @@ def check_documents(evaluator: Evaluator, tokens: Tensor, trace: Trace, vocab_si
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_normalization(evaluator: Evaluator, tokens: Tensor, trace: Trace, places: Sequence[int], vocab_size: int,
-                        allowance: Allowance = Allowance()) -> Check:
+def check_normalization(
+    evaluator: Evaluator, tokens: Tensor, trace: Trace, places: Sequence[int], vocab_size: int, allowance: Allowance = Allowance()
+) -> Check:
     """The distributions at sampled positions sum to 1, are nowhere negative, and are what the scores were read from.
 
     The last point does not take the evaluator's word: at each place the target is exchanged for other tokens, the evaluation is run again, and
@@ -267,8 +270,7 @@ def check_normalization(evaluator: Evaluator, tokens: Tensor, trace: Trace, plac
     worst_gap = max(gaps)
     finite = all(torch.isfinite(row).all() and row.numel() == vocab_size for row in trace.rows.values())
     good = finite and worst_sum <= NORMALIZATION_TOLERANCE and lowest >= 0 and not apart
-    figure = (f"largest |sum - 1| {worst_sum:.2g}, least probability {lowest:.2g}, "
-              f"largest |score + log p(target)| {worst_gap:.2g} nats")
+    figure = f"largest |sum - 1| {worst_sum:.2g}, least probability {lowest:.2g}, largest |score + log p(target)| {worst_gap:.2g} nats"
     what = f"full distribution at {len(trace.rows)} positions; {exchanged} reruns with the target exchanged for another token"
     return Check("normalization", PASS if good else FAIL, figure, what)
 
@@ -363,5 +365,5 @@ def check_size(bytes_model: int, bytes_code: int, limit: int) -> Check:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """"fail" if any check failed, else "pass"; what was not checked is not held against the score, but is listed."""
+    """ "fail" if any check failed, else "pass"; what was not checked is not held against the score, but is listed."""
     return FAIL if any(check.verdict == FAIL for check in checks) else PASS

@@ -5,7 +5,8 @@
     TTT_LR=0.01 TTT_PARAMS=mlp python eval_ttt.py ARTIFACT               every setting is an environment variable
     EXPERTS=tilt,ngram python eval_ttt.py ARTIFACT --audit               with experts, checked against the four conditions
 
-Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json beside the artifact.
+Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json beside the artifact. Exit code
+0; 2 for a fault of input; 1 if the audit fails.
 
 The text is read once from left to right, in chunks. A chunk is scored whole, by sliding windows, with the weights as they are; only
 then do the weights train on it, and the next chunk is scored with the result. Experts (experts.py) do the same in smaller
@@ -226,7 +227,9 @@ class TestTimeTrainer:
                 mine = torch.arange(len(windows), device=ctx.device)[batch][ctx.rank :: ctx.world_size]
                 healthy &= self._step(inputs[mine], targets[mine], weights[mine] / total)
         if not healthy:
-            raise UserError(f"TTT diverged (gradient not finite) on the chunk that starts at token {chunk.start}: lower TTT_LR={cfg.ttt_lr}")
+            raise UserError(
+                f"TTT diverged (gradient not finite) on the chunk that starts at token {chunk.start}: lower TTT_LR={cfg.ttt_lr}"
+            )
         self._assert_ranks_equal(chunk)
 
     def _step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -643,13 +646,19 @@ def print_report(result: dict, ctx: RunContext) -> None:
         lines.append(f"    {name:<22}{gain['bpb']:>9.4f}   {-gain['gain_bpb']:+.4f} bpb for the model with it")
     if result["invalid_cache"]:
         bad = result["invalid_cache"]
-        lines.append(f"(invalid cache formula     {bad['claimed_bpb']:>9.4f}   its sum over the vocabulary is {bad['mean_sum_over_vocabulary']:,.1f} "
-                     f"on average, at most {bad['largest_sum_over_vocabulary']:,.1f}: no probability)")
+        lines.append(
+            f"(invalid cache formula     {bad['claimed_bpb']:>9.4f}   its sum over the vocabulary is {bad['mean_sum_over_vocabulary']:,.1f} "
+            f"on average, at most {bad['largest_sum_over_vocabulary']:,.1f}: no probability)"
+        )
     lines.append("")
-    lines.append(f"val_loss:{result['val_loss']:.6f} val_bpb:{result['val_bpb']:.6f} tokens_scored:{result['tokens_scored']:,} "
-                 f"bytes_scored:{result['bytes_scored']:,}")
-    lines.append(f"bytes_model:{result['bytes_model']:,} bytes_code:{result['bytes_code']:,} bytes_total:{result['bytes_total']:,} "
-                 f"of {SIZE_LIMIT_BYTES:,}")
+    lines.append(
+        f"val_loss:{result['val_loss']:.6f} val_bpb:{result['val_bpb']:.6f} tokens_scored:{result['tokens_scored']:,} "
+        f"bytes_scored:{result['bytes_scored']:,}"
+    )
+    lines.append(
+        f"bytes_model:{result['bytes_model']:,} bytes_code:{result['bytes_code']:,} bytes_total:{result['bytes_total']:,} "
+        f"of {SIZE_LIMIT_BYTES:,}"
+    )
     for line in lines:
         ctx.log(line)
 
@@ -662,8 +671,10 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
     byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
     evaluator = ScoreFirstEvaluator(artifact.model, cfg, byte_table, ctx)
     mode = compile_mode(cfg, ctx.device, auto="blocks")
-    ctx.log(f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval_stride}, {ctx.world_size} rank(s) on "
-            f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}")
+    ctx.log(
+        f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval_stride}, {ctx.world_size} rank(s) on "
+        f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}"
+    )
 
     plain = evaluator.sliding(tokens)
     ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s")
@@ -672,8 +683,10 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
     if cfg.ttt_enabled or evaluator.expert_config.names or cfg.invalid_cache or audit:
         if cfg.ttt_enabled:
             trainable = sum(param.numel() for param in evaluator.trainer.params)
-            ctx.log(f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
-                    f"{cfg.ttt_epochs} epochs, chunks of {cfg.ttt_chunk_tokens:,}, schedule {cfg.ttt_lr_schedule}")
+            ctx.log(
+                f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
+                f"{cfg.ttt_epochs} epochs, chunks of {cfg.ttt_chunk_tokens:,}, schedule {cfg.ttt_lr_schedule}"
+            )
         audited = AuditedRun(evaluator, tokens) if audit else None
         started = time.perf_counter()
 
@@ -696,7 +709,9 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
         "ttt_bpb": (trace.bpb("neural_raw") if trace.series else trace.val_bpb) if cfg.ttt_enabled else None,
         "experts_bpb": trace.val_bpb if names else None,
         "experts": expert_gains(trace, names) if names else None,
-        "expert_tables": {"contexts": trace.contexts_known, "refused": trace.contexts_refused, "bytes": trace.expert_bytes} if names else None,
+        "expert_tables": {"contexts": trace.contexts_known, "refused": trace.contexts_refused, "bytes": trace.expert_bytes}
+        if names
+        else None,
         "invalid_cache": trace.invalid if trace else None,
         "tokens_scored": final[2],
         "bytes_scored": final[3],

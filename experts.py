@@ -133,8 +133,9 @@ class NgramHistory:
     known ones go on counting. An update of all orders costs about 28 bytes a node and 24 a pair.
     """
 
-    def __init__(self, vocab_size: int, max_order: int = 9, max_contexts: int = 1 << 25, max_entries: int = 0,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self, vocab_size: int, max_order: int = 9, max_contexts: int = 1 << 25, max_entries: int = 0, device: torch.device | str = "cpu"
+    ):
         if not 1 <= max_order <= 16:
             raise ValueError(f"max_order {max_order} is not in 1..16")
         self.vocab_size, self.max_order, self.base = vocab_size, max_order, vocab_size + 1
@@ -142,7 +143,7 @@ class NgramHistory:
         self.contexts = KeyIndex(max_contexts, device, first_id=1)  # node 0 is the root, the empty context
         self.pairs = KeyIndex(max_entries or max_contexts + max_contexts // 2, device)
         self.node_stats = torch.zeros(1 << 12, 3, dtype=torch.int32, device=device)  # raw total, types, continuation total
-        self.node_best = torch.zeros(1 << 12, dtype=torch.int64, device=device)      # max over w of count*base + (V - w)
+        self.node_best = torch.zeros(1 << 12, dtype=torch.int64, device=device)  # max over w of count*base + (V - w)
         self.pair_stats = torch.zeros(1 << 12, 2, dtype=torch.int32, device=device)  # raw count, continuation count
         # Discounts per order from the counts of counts (n1, n2): D = n1 / (n1 + 2 n2), Ney, Essen, Kneser (1994).
         self.counts_of_counts = torch.zeros(2, max_order, 2, dtype=torch.int64, device=device)  # raw|cont., order, n1|n2
@@ -354,8 +355,16 @@ class ContextMixer:
     on the weights over all bins, and those on a prior that favours the first member (the neural model). G mixtures run side by side.
     """
 
-    def __init__(self, members: int, bins: int, prior: float = 16.0, first: float = 0.9, decay: float = 1.0, groups: int = 1,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        members: int,
+        bins: int,
+        prior: float = 16.0,
+        first: float = 0.9,
+        decay: float = 1.0,
+        groups: int = 1,
+        device: torch.device | str = "cpu",
+    ):
         start = torch.full((members,), (1 - first) / max(members - 1, 1), dtype=torch.float64)
         start[0] = first if members > 1 else 1.0
         self.prior, self.decay, self.start = prior, decay, start.to(device)
@@ -402,20 +411,20 @@ class ExpertConfig:
     """Everything the mixture can be told. Defaults are card E's where it has them."""
 
     names: tuple[str, ...] = ()
-    mixer: str = "context"             # one of MIXERS
-    max_order: int = 9                 # longest n-gram (context of max_order - 1 tokens)
-    max_contexts: int = 1 << 25        # bound of known contexts over all orders
-    smoothing: str = "kneser_ney"      # one of SMOOTHINGS
+    mixer: str = "context"  # one of MIXERS
+    max_order: int = 9  # longest n-gram (context of max_order - 1 tokens)
+    max_contexts: int = 1 << 25  # bound of known contexts over all orders
+    smoothing: str = "kneser_ney"  # one of SMOOTHINGS
     hedge_eta: float = 0.1
-    hedge_share: float = 1e-3          # only mixer fixed_share
-    temperature: float = 0.15          # T = 1 - this * (1 - H / ln V)
-    calibration_clamp: float = 2.0     # bias = clamp(ln(f_emp / f_pred), +-this)
+    hedge_share: float = 1e-3  # only mixer fixed_share
+    temperature: float = 0.15  # T = 1 - this * (1 - H / ln V)
+    calibration_clamp: float = 2.0  # bias = clamp(ln(f_emp / f_pred), +-this)
     calibration_momentum: float = 0.999
-    calibration_prior: float = 16.0    # pseudo-observations of each token that say f_emp = f_pred
-    tilt_beta: float = 0.0             # 0: learned online, per order and count of the hint
-    tilt_order: int = 2                # order of the hint's n-gram; 0: the longest that matched
-    min_count: int = 2                 # a context seen less often is not "found" by the gated cache
-    report: bool = True                # also mix each member with the neural distribution alone, to know what it gains
+    calibration_prior: float = 16.0  # pseudo-observations of each token that say f_emp = f_pred
+    tilt_beta: float = 0.0  # 0: learned online, per order and count of the hint
+    tilt_order: int = 2  # order of the hint's n-gram; 0: the longest that matched
+    min_count: int = 2  # a context seen less often is not "found" by the gated cache
+    report: bool = True  # also mix each member with the neural distribution alone, to know what it gains
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in EXPERTS]
@@ -648,8 +657,9 @@ class InvalidTargetKeyedCache:
     true token. It is no distribution: over the vocabulary its "probabilities" sum to far more than 1. It never enters a score.
     """
 
-    def __init__(self, vocab_size: int, low: int = 2, high: int = 9, buckets: int = 1 << 22, min_count: int = 2,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self, vocab_size: int, low: int = 2, high: int = 9, buckets: int = 1 << 22, min_count: int = 2, device: torch.device | str = "cpu"
+    ):
         self.vocab_size, self.orders, self.buckets, self.min_count = vocab_size, range(low, high + 1), buckets, min_count
         self.context_counts = torch.zeros(len(self.orders), buckets, dtype=torch.int32, device=device)
         self.full_counts = torch.zeros(len(self.orders), buckets, dtype=torch.int32, device=device)

@@ -70,6 +70,7 @@ def one_thread():
     yield
     torch.set_num_threads(threads)
 
+
 # ---- plans ----
 
 
@@ -185,8 +186,16 @@ def test_reset_per_document_forgets():
 
 def test_byte_weights_and_masks_weigh_each_target_once_an_epoch():
     """The gradient of one step over a chunk equals that of the naive weighted mean over exactly the chunk's targets."""
-    cfg = config(ttt_byte_weighted=True, ttt_epochs=1, ttt_batch_seqs=50, ttt_momentum=0.0, ttt_grad_clip=0.0, ttt_lr=1.0, layer_pattern="T",
-                 ttt_seq_len=24)
+    cfg = config(
+        ttt_byte_weighted=True,
+        ttt_epochs=1,
+        ttt_batch_seqs=50,
+        ttt_momentum=0.0,
+        ttt_grad_clip=0.0,
+        ttt_lr=1.0,
+        layer_pattern="T",
+        ttt_seq_len=24,
+    )
     tokens = stream(200)
     tested = evaluator(cfg)
     model_forward, chunk = tested.forward.forward, Chunk(64, 115)  # 51 targets: two sequences of 24 and one reaching back
@@ -328,3 +337,30 @@ def test_the_command_writes_and_prints_what_it_measured(launch):
         failed = launch("eval_ttt.py", *arguments, **{**settings, **environment})
         assert failed.returncode == 2 and message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1, failed.stderr
     assert written.read_bytes() == before and not list(run.glob(".*.tmp"))
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compile", ["0", "blocks"])
+def test_cuda_evaluation_passes_its_audit_and_agrees_with_the_cpu(compile):
+    changes = dict(**WITH_EXPERTS, layer_pattern="AAA", model_dim=128, bigram_vocab_size=0, rope_dims=16, compile=compile)
+    tokens, cfg = stream(400), config(**changes)
+    ctx = RunContext(device=torch.device("cuda"))
+    model = build_model(cfg, "cuda").eval()
+    model.load_state_dict(randomized(cfg).state_dict())
+    tested = ScoreFirstEvaluator(model, cfg, byte_table(), ctx)
+    looking = eval_ttt.AuditedRun(tested, tokens)
+    trace = tested.run(tokens, sample=looking.sample)
+    allowance = audit.measure_noise(tested, tokens, trace, max(looking.places), cfg.audit_tolerance)
+    checks = [
+        audit.check_causality(tested, tokens, trace, looking.places, VOCAB, allowance),
+        audit.check_normalization(tested, tokens, trace, looking.places[:2], VOCAB, allowance),
+        audit.check_score_before_update(trace),
+        audit.check_single_pass(trace),
+    ]
+    assert [check.verdict for check in checks] == [PASS] * 4, [check.line() for check in checks]
+    on_cpu = evaluator(config(**{**changes, "compile": "0"})).run(tokens)
+    assert trace.val_loss == pytest.approx(on_cpu.val_loss, abs=0.05)  # bf16 against float32
