@@ -167,6 +167,9 @@ def unshuffle_bytes(data: bytes, stride: int) -> bytes:
 # and only if the encoder finds that it pays. Rows are handled in slices: inside one slice the contexts are known in advance,
 # and all symbols of one context go to `constriction` in a single call.
 #
+# Reordering rows by similarity was measured and left out: between rows of a matrix trained by Muon no order is better than another
+# (greedy L1 order on MLP matrices: 0.00 % under brotli, −0.01 % here), and on an embedding the permutation costs what it saves.
+#
 # Bit-exactness: everything that influences a probability is integer arithmetic. The tables reach constriction as float32 holding
 # integers whose sum stays below 2^24, so that its fixed-point conversion has no rounding that could differ between machines.
 _LEVELS = 64  # contexts: mean |q| from 2^-5 to 2^11 in quarter octaves

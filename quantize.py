@@ -63,6 +63,7 @@ from train_gpt import (
     load_tokenizer,
     load_tokens,
     load_weights,
+    near_misses,
     parameter_table,
     resolve_config,
     setup_distributed,
@@ -86,7 +87,7 @@ def row_scales(weight: Tensor, bits: int, clip_sigmas: Tensor | float, mantissa_
     deviation to scale by; its grid ends at its own magnitude. A row of zeros gets scale 1. Raises UserError where float16 overflows.
     """
     top = largest_code(bits)
-    spread = weight.std(dim=-1, unbiased=False)
+    spread = weight.std(dim=-1, unbiased=weight.size(-1) > 1)  # as `train_gpt.FakeQuantize` has it
     magnitude = weight.abs().amax(dim=-1)
     scale = torch.where(spread > 1e-6 * magnitude, clip_sigmas * spread / top, magnitude / top)
     scale = torch.where(magnitude == 0, torch.ones_like(scale), scale)
@@ -1165,6 +1166,10 @@ def quantize_command(run_dir: Path, compare: bool, search_seconds: float) -> Non
     cfg = open_run(run_dir)
     ctx = setup_distributed(cfg.device)
     try:
+        for warning in near_misses(os.environ):
+            ctx.log(f"warning: {warning}")
+        if (cfg.late_qat_threshold or cfg.qat_last_frac) and cfg.qat_bits != cfg.matrix_bits:
+            ctx.log(f"warning: the run was trained for {cfg.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.matrix_bits}")
         quantizer = Quantizer(run_dir, cfg, ctx)
         for reason in quantizer.skipped_rotations:
             ctx.log(f"hadamard: skipped, {reason}")
