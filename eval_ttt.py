@@ -329,8 +329,9 @@ class ScoreFirstEvaluator:
         self.trainer = None
         if cfg.ttt_enabled:
             self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, cfg.ttt_seq_len or self.seq_len)
-        # With attention across documents, or weights that learn, a document's score rests on the documents before it.
-        self.documents_independent = False
+        # With attention across documents, weights that learn on, or counts, a document's score rests on the documents before it.
+        forgets = not cfg.ttt_enabled or cfg.ttt_reset_per_doc
+        self.documents_independent = cfg.document_mask and forgets and not self.expert_config.names
 
     @torch.no_grad()
     def sliding(self, tokens: Tensor):
@@ -598,7 +599,9 @@ class AuditedRun:
         few = self.places[:: max(1, len(self.places) // 3)]
         return [
             auditing.check_causality(self.evaluator, tokens, trace, self.places, vocab, allowance),
-            auditing.check_documents(self.evaluator, tokens, trace, vocab, self.limit, BOS_ID, allowance),
+            auditing.check_documents(
+                self.evaluator, tokens, trace, vocab, self.limit, BOS_ID, dataclasses.replace(allowance, tolerance=1e-3)
+            ),
             auditing.check_normalization(self.evaluator, tokens, trace, few, vocab, allowance),
             auditing.check_score_before_update(trace),
             auditing.check_single_pass(trace),

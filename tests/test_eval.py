@@ -166,22 +166,14 @@ def test_only_the_chosen_parameters_move(params, freeze, moves):
 
 
 def test_reset_per_document_forgets():
-    """A document's scores don't depend on what TTT learned before it: only on the text its windows can see."""
-    tokens = stream(300)
-    cfg = config(ttt_reset_per_doc=True, ttt_chunk_tokens=16)
-    tested = evaluator(cfg)
-    trace = tested.run(tokens)
-    start = [i for i in range(len(tokens)) if tokens[i] == BOS_ID][2]
-    fresh = tested.run(tokens[start - 23 :])  # the windows' reach, so that the same positions see the same text
-    compare = slice(start + 24, start + 40)
-    assert trace.ledger.nll[compare].sum() != tested.sliding(tokens).val_loss  # it did learn inside the document
-    chunks = [c for c in plan_chunks(tokens, cfg) if c.fresh]
-    assert len(chunks) > 2 and fresh.ledger.coverage.min() == 1
-    static = evaluator(config(ttt_enabled=False)).run(tokens)
-    first = slice(chunks[1].start, min(chunks[1].start + 16, chunks[2].start))
-    assert torch.allclose(trace.ledger.nll[first], static.ledger.nll[first], atol=1e-5)  # just after a reset: the artifact's weights
-    second = slice(first.stop, first.stop + 4)
-    assert not torch.allclose(trace.ledger.nll[second], static.ledger.nll[second], atol=1e-5)
+    """The first chunk of each document is scored with the artifact's weights, later ones with what was learned inside the document."""
+    tokens, cfg = stream(300), config(ttt_reset_per_doc=True, ttt_chunk_tokens=16)
+    learned, static = evaluator(cfg).run(tokens).ledger.nll, evaluator(config(ttt_enabled=False)).run(tokens).ledger.nll
+    chunks = plan_chunks(tokens, cfg)
+    assert sum(chunk.fresh for chunk in chunks) > 3 and sum(not chunk.fresh for chunk in chunks) > 3
+    for chunk in chunks:
+        part = slice(chunk.start, chunk.end)
+        assert torch.allclose(learned[part], static[part], atol=1e-5) == chunk.fresh
 
 
 def test_byte_weights_and_masks_weigh_each_target_once_an_epoch():
@@ -266,6 +258,18 @@ def test_the_whole_pipeline_passes_its_audit():
         audit.check_bytes(trace, {"table": raw}),
     ]
     assert [check.verdict for check in checks] == [PASS, NOT_CHECKED, PASS, PASS, PASS, PASS], [check.line() for check in checks]
+
+
+@pytest.mark.parametrize("form", [dict(ttt_enabled=False), dict(ttt_reset_per_doc=True, ttt_chunk_tokens=16, ttt_lr=0.1)], ids=str)
+def test_masked_documents_are_independent_and_a_smear_across_them_is_found(form):
+    cfg, tokens = config(document_mask=True, **form), stream(260)
+    for leaky in (False, True):
+        model = randomized(cfg)
+        if leaky:  # the embedding of the previous token, whatever document it is of
+            model.tok_emb.register_forward_hook(lambda module, inputs, output: output + 0.2 * output.roll(1, 1))
+        tested = ScoreFirstEvaluator(model, cfg, byte_table(), RunContext())
+        check = audit.check_documents(tested, tokens, tested.run(tokens), VOCAB, 200, allowance=audit.Allowance(1e-4))
+        assert check.verdict == (FAIL if leaky else PASS), check.line()
 
 
 def test_a_future_leak_in_the_model_fails_the_audit():
