@@ -179,7 +179,10 @@ class TestTimeTrainer:
         with torch.no_grad():
             for param, value in zip(self.params, self.initial):
                 param.copy_(value)
-        groups = [{"params": [param], "multiple": multiple} for param, multiple in zip(self.params, self.multiples)]
+        groups = [
+            {"params": [param for param, m in zip(self.params, self.multiples) if m == multiple], "multiple": multiple}
+            for multiple in sorted(set(self.multiples))
+        ]
         if cfg.ttt_optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(groups, lr=cfg.ttt_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.ttt_adam_wd)
         else:
