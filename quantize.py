@@ -594,26 +594,44 @@ class Solver:
 LQER_BITS, LQER_CLIP = 4, 3.0  # near the least squared error of a 4-bit grid for a Gaussian
 
 
-def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: dict[str, Tensor], cfg: Config) -> list[Record]:
-    """LQER (Zhang et al. 2024, arXiv:2402.02446): rank-r factors of the error of the `lqer_top` worst units.
+def error_directions(error: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor, float]:
+    """The `rank` output directions that carry most of E H Eᵀ, orthonormal [out, rank], and the share of its trace they carry.
 
-    E = W − Q is weighed by the inputs' root mean square before its SVD, so that the rank goes where activations are large. The
-    left factor is stored transposed: a scale for each of r components, not for each row of r numbers.
+    Subspace iteration from a fixed start: a full SVD of every tensor would take longer than GPTQ itself.
     """
-    worst = sorted((u for u in units if u.bits and u.param in hessians), key=lambda u: -solutions[u.name].error)[: cfg.lqer_top]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(len(error), rank, generator=generator).to(error)
+    for _ in range(8):
+        basis = torch.linalg.qr(error @ (hessian @ (error.T @ basis))).Q
+    rows = basis.T @ error
+    total = float(((error @ hessian) * error).sum())
+    return basis, float(((rows @ hessian) * rows).sum()) / max(total, 1e-30)
+
+
+def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: dict[str, Tensor], cfg: Config) -> list[Record]:
+    """Rank-r correction of the error E = W − Q where it is closest to low rank (LQER, Zhang et al. 2024, arXiv:2402.02446).
+
+    LQER weighs E by each input's root mean square; here the full Hessian does. The `lqer_top` units are those from which a rank-r
+    product removes most error: rounding errors of well-spread inputs have no low-rank part. The one that stands out is the
+    embedding, whose input, the final norm's output, is dominated by a few directions: along them the error biases every logit.
+    Left factor: LQER_BITS; right factor: float16, fitted to the rounded left one.
+    """
+    candidates = []
+    for unit in units:
+        if unit.bits and unit.param in hessians and solutions[unit.name].error > 0:
+            solution, device = solutions[unit.name], unit.weight.device
+            quantized = torch.from_numpy(solution.codes).to(device).float() * torch.from_numpy(solution.scales).to(device).float()[:, None]
+            error = unit.weight - quantized
+            basis, share = error_directions(error, hessians[unit.param], min(cfg.lqer_rank, *error.shape))
+            candidates.append((share * solution.error, unit.name, error, basis))
+    candidates.sort(key=lambda candidate: -candidate[0])
     records = []
-    for unit in worst:
-        solution = solutions[unit.name]
-        rank = min(cfg.lqer_rank, *unit.weight.shape)
-        device = unit.weight.device
-        quantized = torch.from_numpy(solution.codes).to(device).float() * torch.from_numpy(solution.scales).to(device).float()[:, None]
-        root = hessians[unit.param].diagonal().clamp(min=1e-12).sqrt()
-        left, values, right = torch.linalg.svd((unit.weight - quantized) * root, full_matrices=False)
-        a = left[:, :rank] * values[:rank].sqrt()
-        b = values[:rank, None].sqrt() * right[:rank] / root
-        for suffix, factor in (("a", a.T.contiguous()), ("b", b)):
-            codes, scales, _ = quantize_rtn(factor, LQER_BITS, LQER_CLIP)
-            records.append(Record(f"{unit.name}@lqer_{suffix}", "codes", codes.cpu().numpy(), LQER_BITS, scales.cpu().numpy()))
+    for _, name, error, basis in candidates[: cfg.lqer_top]:
+        # Stored transposed: a scale for each component, not for each row of r numbers.
+        codes, scales, left = quantize_rtn(basis.T.contiguous(), LQER_BITS, LQER_CLIP)
+        right = torch.linalg.lstsq(left.double() @ left.double().T, left.double() @ error.double()).solution
+        records.append(Record(f"{name}@lqer_a", "codes", codes.cpu().numpy(), LQER_BITS, scales.cpu().numpy()))
+        records.append(Record(f"{name}@lqer_b", "half", right.half().cpu().numpy()))
     return records
 
 
@@ -1280,8 +1298,10 @@ VARIANTS = (
     Variant("embed7", {"embed_bits": 7}),
     Variant("mixed", {"bits_override": "attn.proj:7", "embed_split_top": -2, "embed_split_bits": 7}),
     Variant("prune5", {"prune_fraction": 0.05}),
+    Variant("lqer1", {"lqer_rank": 1, "lqer_top": 1}),
     Variant("lqer4", {"lqer_rank": 4, "lqer_top": 3}),
     Variant("lqer4-as-k", bytes_of="lqer4"),
+    Variant("damp.001", {"gptq_damp": 0.001}),
     Variant("hadamard", {"hadamard_vo": True}),
 )
 

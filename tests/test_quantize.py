@@ -430,6 +430,14 @@ def test_low_rank_correction(quantizer):
         assert errors[1] < errors[0]
 
 
+def test_error_directions_are_the_leading_ones():
+    error, h = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)), hessian(12)
+    basis, share = Q.error_directions(error, h, 3)
+    assert torch.allclose(basis.T @ basis, torch.eye(3), atol=1e-5)
+    values = torch.linalg.eigvalsh(error.double() @ h.double() @ error.double().T).flip(0)
+    assert share == pytest.approx(float(values[:3].sum() / values.sum()), rel=1e-2)
+
+
 # -- search ------------------------------------------------------------------------------------------------------------
 def test_search_lands_under_its_target(world, quantizer):
     size = len(quantizer.pack(*quantizer.units()).data) + Q.code_bytes()
