@@ -1445,7 +1445,13 @@ class MLP(nn.Module):
 
 
 def output_head(x: Tensor, weight: Tensor, targets: Tensor | None, cap: float, reduction: str) -> Tensor:
-    """Softcapped logits of x [B,n,C] over the tied embedding [V,C]; with targets [B,n] their cross-entropy in nats."""
+    """Softcapped logits of x [B,n,C] over the tied embedding [V,C]; with targets [B,n] their cross-entropy in nats.
+
+    Training multiplies in x's dtype. Scores and distributions multiply in float32: a bf16 logit of 20 is rounded to 1/8, which
+    would show as noise of that size in single tokens' scores.
+    """
+    if targets is None or reduction != "mean":
+        x = x.float()
     logits = softcap(F.linear(x, weight.to(x.dtype)).float(), cap)
     if targets is None:
         return logits
