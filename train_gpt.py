@@ -339,7 +339,8 @@ def _parse_value(spec: dataclasses.Field, value, origin: str):
             if not math.isfinite(value):
                 raise ValueError
         else:
-            value = str(value)
+            # An empty variable counts as not set, so that a preset's list is emptied by the word: XSA_LAYERS=none.
+            value = "" if str(value).lower() == "none" else str(value)
     except (ValueError, KeyError, TypeError):
         kind = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number"}[spec.type]
         raise UserError(f"{name}={value!r} ({origin}) is not {kind}") from None
@@ -396,7 +397,7 @@ def _check_config(cfg: Config) -> None:
         raise UserError(f"the recurrent segment {cfg.loop_start}-{cfg.loop_end} is not within the {len(pattern)} layers")
     for name in ("xsa_layers", "ve_layers"):  # these act on the attention layers among those named
         layers = parse_layers(getattr(cfg, name), len(pattern), name.upper())
-        if layers and not any(issubclass(MIXERS[pattern[layer]], CausalAttention) for layer in layers):
+        if layers and getattr(cfg, name) != "all" and not any(issubclass(MIXERS[pattern[layer]], CausalAttention) for layer in layers):
             raise UserError(f"{name.upper()}={getattr(cfg, name)} names no attention layer of {pattern}")
     owner = layer_owners(cfg)
     for layer, first in enumerate(owner):

@@ -17,6 +17,12 @@ def test_resolution_order_and_origins(tmp_path, monkeypatch):
     assert cfg.seed == 1337 and cfg.origins["seed"] == "default"
 
 
+def test_the_word_none_empties_a_presets_list():
+    assert T.resolve_config({"PRESET": "legal_ttt"}).xsa_layers == "all"
+    assert T.resolve_config({"PRESET": "legal_ttt", "XSA_LAYERS": ""}).xsa_layers == "all", "empty counts as not set"
+    assert T.resolve_config({"PRESET": "legal_ttt", "XSA_LAYERS": "none"}).xsa_layers == ""
+
+
 @pytest.mark.parametrize(
     "environment,message",
     [
