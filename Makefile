@@ -11,6 +11,9 @@ HAVE_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/de
 TORCH := $(shell grep '^torch==' requirements.txt)
 GPUS := $(if $(HAVE_GPU),$(shell nvidia-smi -L | wc -l),0)
 
+# Idle OpenMP threads sleep instead of spinning: on a machine whose cores are shared, spinning costs a small model a factor of four.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test test-gpu lint clean install
 
 install: $(VENV)/.installed

@@ -2284,6 +2284,9 @@ class Trainer:
         self.byte_table = ByteTable.from_tokenizer(self.tokenizer)
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
         stream = TokenStream(cfg.data_path, cfg.vocab_size)
+        if self.batch.sequences * cfg.train_seq_len > stream.total_tokens:
+            step = self.batch.sequences * cfg.train_seq_len
+            raise UserError(f"a step takes {step:,} tokens, but the training shards hold {stream.total_tokens:,}: lower TRAIN_BATCH_TOKENS")
         torch.manual_seed(cfg.seed)  # run-time draws (QAT noise); every rank the same
         model = build_model(cfg, ctx.device)
         ema = [param.detach().clone() for param in model.parameters()] if cfg.ema_decay else []

@@ -192,6 +192,7 @@ def test_nothing_is_written_for_bad_input(launch, dataset, tmp_path):
         ({"DATA_PATH": tmp_path / "nowhere"}, "is not a folder"),
         ({"TOKENIZER_PATH": tmp_path / "nowhere.model"}, "does not exist"),
         ({"VOCAB_SIZE": 600}, "has 512 pieces, but VOCAB_SIZE=600"),
+        ({"TRAIN_BATCH_TOKENS": 64 * 10**9}, "but the training shards hold"),
     ]
     for settings, message in cases:
         result = launch("train_gpt.py", RUN_ID="bad", **settings)
