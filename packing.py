@@ -162,7 +162,7 @@ def unshuffle_bytes(data: bytes, stride: int) -> bytes:
 #
 #     P(q[r, c]) = table[context],   context = level(mean |q| in column c over the rows above) + row offset
 #
-# with `level` a logarithm in quarter octaves. Tables and column means adapt backwards, from symbols already coded, so that neither
+# with `level` a logarithm in sixteenths of an octave. Tables and column means adapt backwards, from symbols already coded, so that neither
 # costs a byte of side information; the row offset, where a tensor's rows do differ in shape, is coded at the row's head
 # and only if the encoder finds that it pays. Rows are handled in slices: inside one slice the contexts are known in advance,
 # and all symbols of one context go to `constriction` in a single call.
@@ -172,27 +172,43 @@ def unshuffle_bytes(data: bytes, stride: int) -> bytes:
 #
 # Bit-exactness: everything that influences a probability is integer arithmetic. The tables reach constriction as float32 holding
 # integers whose sum stays below 2^24, so that its fixed-point conversion has no rounding that could differ between machines.
-_LEVELS = 64  # contexts: mean |q| from 2^-5 to 2^11 in quarter octaves
-_LEVEL_STEPS = 4
+# Sixteenths of an octave: with a table a quarter octave, what a column's own size differs from its table's cost 0.1 % of the bytes.
+_LEVELS = 256  # contexts: mean |q| from 2^-5 to 2^11
+_LEVEL_STEPS = 16
+_ROW_STEPS = 4  # row offsets cost side information: quarter octaves
 _FIXED = 12  # fractional bits of a mean magnitude
-# thresholds[i] = floor(2^(i/4 - 5) · 2^_FIXED) exactly: a float power could round differently elsewhere.
-_LEVEL_THRESHOLDS = np.array([math.isqrt(math.isqrt(1 << (i + 4 * (_FIXED - 5)))) for i in range(1, _LEVELS)], dtype=np.int64)
-_ROW_OFFSETS = 8  # row offsets −8 … +8 quarter octaves
+
+
+def _root(value: int, halvings: int) -> int:
+    """floor(value^(2^-halvings)) exactly: a float power could round differently on another machine."""
+    for _ in range(halvings):
+        value = math.isqrt(value)
+    return value
+
+
+# thresholds[i] = floor(2^(i/16 - 5) · 2^_FIXED)
+_LEVEL_THRESHOLDS = np.array([_root(1 << (i + 16 * (_FIXED - 5)), 4) for i in range(1, _LEVELS)], dtype=np.int64)
+_ROW_OFFSETS = 16  # row offsets −16 … +16 quarter octaves
 _ROW_GAIN = np.array(  # 2^(−offset/4) in fixed point: takes a row's own size out of the column means
-    [math.isqrt(math.isqrt(1 << (4 * _FIXED - offset))) for offset in range(-_ROW_OFFSETS, _ROW_OFFSETS + 1)],
+    [_root(1 << (4 * _FIXED - offset), 2) for offset in range(-_ROW_OFFSETS, _ROW_OFFSETS + 1)],
     dtype=np.int64,
 )
-_PRIOR_ROWS = 4  # weight of the tensor's overall mean against a column's own, in rows
+_PRIOR_ROWS = 4, 1 << 12  # least and greatest weight of the tensor's overall mean against a column's own, in rows
+_ROW_NOISE = 584  # (π/2 − 1) · 2^10: squared relative deviation of one Gaussian magnitude
 _STEP = 32  # what a symbol adds to its table
-_PRIOR_TOTAL = 1 << 13  # a fresh table's total: its prior is worth 256 symbols
+_PRIOR_TOTAL = 1 << 15  # a fresh table's total: its prior is worth 1024 symbols
 _TABLE_LIMIT = 1 << 22  # a table is halved beyond this total; keeps sums below 2^24 with room for a slice
-_CARRY_LIMIT = 1 << 17  # … and beyond this one where a new tensor begins: old statistics guide, they don't rule
+_CARRY_LIMIT = 1 << 20  # … and beyond this one where a new tensor begins: old statistics guide, they don't rule
 # Modes of a matrix. Matrices trained by Muon are nearly isotropic: their columns say nothing about each other. An embedding's do; there
-# each column is predicted from those before it, by regression learned from the rows above.
+# each column is predicted from those before it, by regression learned from the rows above, and a row may name rows above that it
+# resembles (case variants of a word; tokens that never occurred), whose weighted sum is taken off before.
 PLAIN, OFFSET_ROWS, PREDICTED = range(3)
 PREDICTED_ROWS = 1 << 18  # at most: keeps a table's sum below 2^24
 _INNOVATION, _COEFFICIENT = 6, 12  # fractional bits of innovations and of regression coefficients
-_SLICE_FIRST, _SLICE_MOST = 4096, 32768  # symbols a slice
+_NEIGHBOURS = 3  # at most, a row
+_NEIGHBOUR_WINDOW = 1 << 13  # rows above a block among which they are sought: bounds the encoder's time
+_GAIN, _GAIN_MOST = 4, 31  # a neighbour's weight: fractional bits, and the largest in such units
+_SLICE_FIRST, _SLICE_MOST = 4096, 16384  # symbols a slice
 
 
 def _prior(level: int, size: int) -> np.ndarray:
@@ -201,8 +217,8 @@ def _prior(level: int, size: int) -> np.ndarray:
     In integer arithmetic, since exp differs between machines: g(q) = ρ^(q²) by recurrence, ρ = e^(−1/2σ²) as (1 − 1/2¹⁰σ²)^512.
     """
     one = 1 << 60
-    # mean = 2^(level/4 - 5 + 1/8), σ = 1.25 mean, in units of 2^-20
-    sigma = 5 * math.isqrt(math.isqrt(math.isqrt(1 << (2 * level + 1 + 8 * (20 - 5))))) // 4
+    # mean = 2^(level/16 - 5 + 1/32), σ = 1.25 mean, in units of 2^-20
+    sigma = 5 * _root(1 << (2 * level + 1 + 32 * (20 - 5)), 5) // 4
     rho = max(0, one - (one << 40) // (sigma * sigma << 10))
     for _ in range(9):
         rho = rho * rho // one
@@ -225,6 +241,8 @@ class _SymbolModel:
         self.predicted = self.tables.copy()  # of innovations: another shape, and no contexts shared
         self.row_table = np.ones(2 * _ROW_OFFSETS + 1, dtype=np.int64)
         self.row_table[_ROW_OFFSETS] = 8
+        self.gain_tables = np.ones((_NEIGHBOURS, 2 * _GAIN_MOST + 1), dtype=np.int64)
+        self.gain_tables[:, _GAIN_MOST] = 32
 
     def start_tensor(self, columns: int) -> None:
         """Forget the column means; keep the tables, but shrink them so that this tensor's own statistics soon prevail."""
@@ -239,12 +257,24 @@ class _SymbolModel:
             mean = np.full(self.columns, 2 << _FIXED, dtype=np.int64)
         else:
             overall = int(self.sums.sum()) // self.columns  # = mean magnitude · rows, in fixed point
-            mean = (self.sums + overall * _PRIOR_ROWS // self.rows) // (self.rows + _PRIOR_ROWS)
+            weight = self._prior_rows(overall)
+            mean = (self.sums + overall * weight // self.rows) // (self.rows + weight)
         return np.searchsorted(_LEVEL_THRESHOLDS, mean, side="right")
+
+    def _prior_rows(self, overall: int) -> int:
+        """Weight of the overall mean: the columns' real spread is what they differ by beyond the noise of so few rows.
+
+        Columns of an MLP's first matrix differ by 3 %, which takes five hundred rows to see; with a fixed small weight each column
+        would pay for its own estimate.
+        """
+        ratio = np.minimum((self.sums << 10) // max(overall, 1), 1 << 14) - (1 << 10)
+        spread = int((ratio * ratio).sum()) // self.columns - (_ROW_NOISE << 10) // self.rows  # squared, relative, in 2^-20
+        least, most = _PRIOR_ROWS
+        return min(max((_ROW_NOISE << 10) // max(spread, 1), least), most)
 
     def contexts(self, row_offsets: np.ndarray) -> np.ndarray:
         """uint8 [rows, columns] for the next slice."""
-        levels = self.column_levels()[None, :] + row_offsets[:, None]
+        levels = self.column_levels()[None, :] + _LEVEL_STEPS // _ROW_STEPS * row_offsets[:, None]
         return np.clip(levels, 0, _LEVELS - 1).astype(np.uint8)
 
     def update(self, symbols: np.ndarray, contexts: np.ndarray, row_offsets: np.ndarray) -> None:
@@ -256,10 +286,13 @@ class _SymbolModel:
         self.sums += (magnitude * _ROW_GAIN[row_offsets + _ROW_OFFSETS][:, None]).sum(axis=0)
         self.rows += len(symbols)
 
-    def update_predicted(self, symbols: np.ndarray, level: int) -> None:
+    def update_predicted(self, symbols: np.ndarray, contexts: np.ndarray) -> None:
         """Learn a column coded under prediction. symbols: int64 [rows]."""
-        self.predicted[level] += _STEP * np.bincount(symbols, minlength=self.alphabet)
-        _shrink(self.predicted[level : level + 1], _TABLE_LIMIT)
+        flat = contexts.astype(np.int64) * self.alphabet + symbols
+        low, high = int(contexts.min()), int(contexts.max()) + 1
+        counts = np.bincount(flat - low * self.alphabet, minlength=(high - low) * self.alphabet)
+        self.predicted[low:high] += _STEP * counts.reshape(high - low, self.alphabet)
+        _shrink(self.predicted[low:high], _TABLE_LIMIT)
 
 
 def _shrink(tables: np.ndarray, limit: int) -> None:
@@ -282,7 +315,7 @@ def _row_offsets(codes: np.ndarray) -> np.ndarray:
     magnitude = np.abs(codes.astype(np.float32))
     columns = magnitude.mean(axis=0)
     ratio = np.maximum(magnitude.sum(axis=1), 1e-3) / max(float(columns.sum()), 1e-3)
-    offsets = np.rint(_LEVEL_STEPS * np.log2(ratio)).astype(np.int64)  # an encoder's choice: may round as it likes
+    offsets = np.rint(_ROW_STEPS * np.log2(ratio)).astype(np.int64)  # an encoder's choice: may round as it likes
     return np.clip(offsets, -_ROW_OFFSETS, _ROW_OFFSETS)
 
 
@@ -322,16 +355,43 @@ class _RangeCoder:
         result[order] = grouped
         return result
 
-    def _code_offsets(self, offsets: np.ndarray | None, count: int) -> np.ndarray:
-        table = self._table(self.model.row_table)
+    def _code_small(self, values: np.ndarray | None, count: int, table: np.ndarray) -> np.ndarray:
+        """Code `count` small whole numbers about zero (int64; None when decoding) under the adaptive `table`, which learns them."""
+        middle = len(table) // 2
         if self.decoder is None:
-            self.encoder.encode((offsets + _ROW_OFFSETS).astype(np.int32), table)
+            self.encoder.encode((values + middle).astype(np.int32), self._table(table))
         else:
-            offsets = self.decoder.decode(table, count).astype(np.int64) - _ROW_OFFSETS
-        self.model.row_table += 8 * np.bincount(offsets + _ROW_OFFSETS, minlength=len(self.model.row_table))
-        if self.model.row_table.sum() > 1 << 12:
-            self.model.row_table = np.maximum(self.model.row_table >> 1, 1)
-        return offsets
+            values = self.decoder.decode(self._table(table), count).astype(np.int64) - middle
+        table += 8 * np.bincount(values + middle, minlength=len(table))
+        _shrink(table[None], 1 << 12)
+        return values
+
+    def _code_offsets(self, offsets: np.ndarray | None, count: int) -> np.ndarray:
+        return self._code_small(offsets, count, self.model.row_table)
+
+    def _code_neighbours(self, chosen: list | None, codes: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """What the neighbours of rows start … stop say of them: whole numbers in units of 2^-_INNOVATION, float64 [rows, columns].
+
+        chosen: (gains int64 [rows], index int64 [rows]) for each of the _NEIGHBOURS; None when decoding. Gain 0: no neighbour.
+        """
+        import constriction
+
+        first = max(0, start - _NEIGHBOUR_WINDOW)
+        uniform = constriction.stream.model.Uniform(max(start - first, 2))
+        total = np.zeros((stop - start, codes.shape[1]))
+        for number in range(_NEIGHBOURS):
+            gains, index = chosen[number] if chosen else (None, None)
+            gains = self._code_small(gains, stop - start, self.model.gain_tables[number])
+            having = np.flatnonzero(gains)
+            if not len(having):
+                continue
+            if self.decoder is None:
+                index = index[having]
+                self.encoder.encode((index - first).astype(np.int32), uniform)
+            else:
+                index = self.decoder.decode(uniform, len(having)).astype(np.int64) + first
+            total[having] += codes[index] * (gains[having, None] * float(1 << (_INNOVATION - _GAIN)))
+        return total
 
     def code(self, codes: np.ndarray, mode: int, row_offsets: np.ndarray | None = None) -> None:
         """Encode int8 `codes` [rows, columns], or fill them when decoding. `row_offsets`: int64 [rows], encoder only."""
@@ -356,8 +416,12 @@ class _RangeCoder:
             model.update(symbols, contexts, offsets)
 
     def _code_predicted(self, codes: np.ndarray) -> None:
-        """Column by column, each predicted from those before it; the predictor is learned from the rows above, block by block."""
-        model = self.model
+        """Column by column, each predicted from those before it; the predictor is learned from the rows before, block by block.
+
+        From the last row up: a vocabulary's first rows, its most frequent tokens, are the ones best coded late, and the bytes among
+        them, which hardly occur, resemble each other.
+        """
+        model, codes = self.model, codes[::-1]
         rows, columns = codes.shape
         blocks = _predicted_blocks(rows, columns)
         self._code_rows(codes[: blocks[0]], None, False)
@@ -366,42 +430,45 @@ class _RangeCoder:
         for start, stop in itertools.pairwise(blocks):
             fresh = codes[seen:start].astype(np.float64)
             gram, seen = gram + fresh.T @ fresh, start
-            lower, levels = _innovations(gram, start)
+            lower, levels, variance = _innovations(gram, start)
+            chosen = offsets = None
+            if self.decoder is None:
+                chosen, offsets = _choose_neighbours(codes[:stop].astype(np.float32), start, lower, variance)
+            known = self._code_neighbours(chosen, codes, start, stop)
+            offsets = self._code_offsets(offsets, stop - start) * (_LEVEL_STEPS // _ROW_STEPS)
             innovation = np.zeros((stop - start, columns))
             for column in range(columns):
                 # Integers held by float64: every product and partial sum stays below 2^53, so that no order of summation rounds.
                 guess = np.floor(innovation[:, :column] @ lower[column, :column] / (1 << _COEFFICIENT) + 0.5)
-                guess = np.clip(guess, model.low * scale, -model.low * scale)
+                guess = np.clip(guess + known[:, column], model.low * scale, -model.low * scale)
                 shift = np.floor(guess / scale + 0.5).astype(np.int64) - half
-                table = self._table(model.predicted[levels[column]])
-                if self.decoder is None:
-                    symbols = (codes[start:stop, column] - shift) % model.alphabet
-                    self.encoder.encode(symbols.astype(np.int32), table)
-                else:
-                    symbols = self.decoder.decode(table, stop - start).astype(np.int64)
+                contexts = np.clip(levels[column] + offsets, 0, _LEVELS - 1).astype(np.uint8)
+                symbols = (codes[start:stop, column] - shift) % model.alphabet if self.decoder is None else None
+                symbols = self._code_grouped(contexts, model.predicted, symbols)
+                if self.decoder is not None:
                     codes[start:stop, column] = (symbols + shift - model.low) % model.alphabet + model.low
                 innovation[:, column] = codes[start:stop, column] * scale - guess
-                model.update_predicted(symbols, int(levels[column]))
+                model.update_predicted(symbols, contexts)
 
 
 def _predicted_blocks(rows: int, columns: int) -> list[int]:
-    """Ends of the row blocks of `_code_predicted`: as many rows as columns first (without prediction), then half as many again each."""
-    ends = [columns]
+    """Ends of the row blocks of `_code_predicted`: half as many rows as columns first (without prediction), then a quarter more each."""
+    ends = [min(rows, max(16, columns // 2))]
     while ends[-1] < rows:
-        ends.append(min(rows, ends[-1] * 3 // 2))
+        ends.append(min(rows, ends[-1] + max(16, ends[-1] // 4)))
     return ends
 
 
-def _innovations(gram: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _innovations(gram: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """LDLᵀ of the second moments of `rows` rows: column = Σ_j L[column, j] · innovation_j + its own, of variance D.
 
-    -> (L in units of 2^-_COEFFICIENT, whole numbers in float64 [C, C]; context level of each column's innovation, int64 [C]).
-    Off the diagonal the moments are shrunk by rows / (rows + 3/2 columns): with few rows a coefficient is mostly noise. Only
+    -> (L in units of 2^-_COEFFICIENT, whole numbers in float64 [C, C]; context level of each column's innovation, int64 [C]; D).
+    Off the diagonal the moments are shrunk by rows / (rows + 4 columns): with few rows a coefficient is mostly noise. Only
     elementwise products, differences, quotients and roots are used, one operation at a time: IEEE 754 defines each to the last bit,
     so that all machines find the same whole numbers. A library's factorization would not promise that.
     """
     columns = len(gram)
-    work = gram * (rows / (rows + 1.5 * columns))
+    work = gram * (rows / (rows + 4.0 * columns))
     np.fill_diagonal(work, gram.diagonal() + 0.1 * rows)
     lower, variance = np.zeros_like(work), np.zeros(columns)
     for j in range(columns):
@@ -411,7 +478,32 @@ def _innovations(gram: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         work[j + 1 :, j + 1 :] -= np.multiply.outer(below, work[j, j + 1 :])
     lower = np.clip(np.floor(lower * (1 << _COEFFICIENT) + 0.5), -(1 << 20), 1 << 20)
     mean = np.floor(np.sqrt(variance / rows) * (0.8 * (1 << _FIXED)))  # mean magnitude of a Gaussian: sqrt(2/π) of its deviation
-    return lower, np.searchsorted(_LEVEL_THRESHOLDS, mean.astype(np.int64), side="right")
+    return lower, np.searchsorted(_LEVEL_THRESHOLDS, mean.astype(np.int64), side="right"), variance / rows
+
+
+def _choose_neighbours(codes: np.ndarray, start: int, lower: np.ndarray, variance: np.ndarray) -> tuple[list, np.ndarray]:
+    """The encoder's choice for rows from `start` on of `codes` float32 [rows, columns]: matching pursuit among whitened rows above.
+
+    -> ((gains, index) for each of the _NEIGHBOURS, as `_code_neighbours` takes them; row offsets int64). May round as it likes.
+    """
+    columns, first = codes.shape[1], max(0, start - _NEIGHBOUR_WINDOW)
+    whiten = np.linalg.inv((lower / (1 << _COEFFICIENT) + np.eye(columns)) * np.sqrt(variance)).T.astype(np.float32)
+    above, rest = codes[first:start] @ whiten, codes[start:] @ whiten
+    norms = np.maximum((above * above).sum(axis=1), 1e-3)
+    directions = above / np.sqrt(norms)[:, None]
+    chosen, price = [], math.log2(max(start - first, 2)) + 6  # bits a neighbour: its index and its gain
+    for _ in range(_NEIGHBOURS):
+        likeness = rest @ directions.T
+        index = np.abs(likeness).argmax(axis=1)
+        gains = likeness[np.arange(len(rest)), index] / np.sqrt(norms[index])
+        gains = np.clip(np.rint(gains * (1 << _GAIN)), -_GAIN_MOST, _GAIN_MOST)
+        better = rest - above[index] * (gains / (1 << _GAIN)).astype(np.float32)[:, None]
+        before, after = ((x * x).mean(axis=1) + 2e-3 for x in (rest, better))
+        pays = columns / 2 * np.log2(before / after) > price
+        rest = np.where(pays[:, None], better, rest)
+        chosen.append(((gains * pays).astype(np.int64), index + first))
+    offsets = np.rint(_ROW_STEPS / 2 * np.log2((rest * rest).mean(axis=1) + 1e-4)).astype(np.int64)
+    return chosen, np.clip(offsets, -_ROW_OFFSETS, _ROW_OFFSETS)
 
 
 def _prediction_pays(codes: np.ndarray) -> bool:
@@ -420,7 +512,7 @@ def _prediction_pays(codes: np.ndarray) -> bool:
     if not 3 * columns <= rows <= PREDICTED_ROWS or columns < 8:
         return False
     first, second = codes[: rows // 2].astype(np.float64), codes[rows // 2 :].astype(np.float64)
-    lower, _ = _innovations(first.T @ first, len(first))
+    lower, *_ = _innovations(first.T @ first, len(first))
     lower = lower / (1 << _COEFFICIENT) + np.eye(columns)
     innovation = np.linalg.solve(lower, second.T)
     gain = np.log2(np.maximum(second.var(axis=0), 0.05)) - np.log2(np.maximum(innovation.var(axis=1), 0.05))
@@ -662,7 +754,7 @@ def decode_records(plan: list, table: list, payload: memoryview) -> list[Record]
 #       28   32  SHA-256 of the file with these 32 bytes left out
 #       60    …  header (zlib), then the streams back to back in the header's order
 MAGIC = b"\x89PGLF\r\n\x1a"
-VERSION = 1
+VERSION = 2
 _HEAD = struct.Struct("<8sHHIIQ32s")
 _MAX_HEADER = 4 << 20
 
