@@ -208,7 +208,7 @@ _INNOVATION, _COEFFICIENT = 6, 12  # fractional bits of innovations and of regre
 _NEIGHBOURS = 3  # at most, a row
 _NEIGHBOUR_WINDOW = 1 << 13  # rows above a block among which they are sought: bounds the encoder's time
 _GAIN, _GAIN_MOST = 4, 31  # a neighbour's weight: fractional bits, and the largest in such units
-_SLICE_FIRST, _SLICE_MOST = 4096, 16384  # symbols a slice
+_SLICE_FIRST, _SLICE_MOST = 512, 16384  # symbols a slice
 
 
 def _prior(level: int, size: int) -> np.ndarray:
@@ -627,12 +627,46 @@ def _compress_arrays(stream: str, arrays: list[np.ndarray], codec: str) -> bytes
     return compress(shuffle_bytes(data, 2) if stream in ("scales", "half") else data, codec)
 
 
+_SCALE_COLUMNS = 8  # scales are coded as rows of this many: there are too few for columns to be told apart
+
+
+def encode_scales(arrays: list[np.ndarray]) -> bytes | None:
+    """Row scales (float16 [rows] each) under the range coder: `[u8 shift][u16 median word a tensor][range_encode of the differences]`.
+
+    The words of positive float16 are a piecewise linear logarithm, on which a tensor's scales lie close to their median. None where
+    they do not: a difference beyond int8.
+    """
+    words = [array.view(np.uint16).astype(np.int64) for array in arrays]
+    used = int(np.bitwise_or.reduce(np.concatenate(words), initial=0)) | 1 << 15
+    shift = (used & -used).bit_length() - 1  # mantissa bits that no scale uses
+    medians = [int(np.sort(word)[len(word) // 2]) >> shift if len(word) else 0 for word in words]
+    differences = [(word >> shift) - median for word, median in zip(words, medians)]
+    if any(len(d) and (d.min() < -128 or d.max() > 127) for d in differences):
+        return None
+    padded = [np.pad(d, (0, -len(d) % _SCALE_COLUMNS)).astype(np.int8).reshape(-1, _SCALE_COLUMNS) for d in differences]
+    return bytes([shift]) + np.array(medians, dtype="<u2").tobytes() + range_encode(padded, 8)
+
+
+def decode_scales(data: bytes, rows: list[int]) -> bytes:
+    """Inverse of `encode_scales`: little-endian float16 of tensors with that many rows. Raises ValueError for any other stream."""
+    head = 1 + 2 * len(rows)
+    if len(data) < head or data[0] > 15:
+        raise ValueError("scales: malformed stream")
+    medians = np.frombuffer(data, "<u2", len(rows), offset=1).astype(np.int64)
+    padded = range_decode(data[head:], [(-(-n // _SCALE_COLUMNS), _SCALE_COLUMNS) for n in rows], 8)
+    words = [(codes.reshape(-1)[:n] + median) << data[0] for codes, median, n in zip(padded, medians, rows)]
+    words = np.concatenate(words) if words else np.zeros(0, dtype=np.int64)
+    if len(words) and (words.min() < 0 or words.max() > 0xFFFF):
+        raise ValueError("scales: a word beyond 16 bits")
+    return words.astype("<u2").tobytes()
+
+
 def encode_records(records: list[Record], compressor: str) -> tuple[list[dict], list[bytes]]:
     """Streams of a list of records: -> (stream table for the header, payloads in the same order).
 
     All symbols of one width form a stream, all scales, all float16 values and all bytes one each: a compressor then sees one
     kind of statistics at a time. float16 streams are byte-shuffled (high bytes compress, low bytes are noise).
-    "range" codes the symbols (unless brotli beats it on a small stream); the streams around them go to brotli.
+    "range" codes the symbols and scales (unless brotli beats it on a small stream); the streams around them go to brotli.
     """
     raw: dict[str, list] = {}
     for record in records:
@@ -645,10 +679,12 @@ def encode_records(records: list[Record], compressor: str) -> tuple[list[dict], 
     table, payloads = [], []
     for name, arrays in sorted(raw.items()):
         size = sum(array.nbytes for array in arrays)
-        codec = compressor
+        codec, payload = compressor, None
         if compressor == "range" and name.startswith("codes"):
             payload = range_encode(arrays, int(name[5:]))
-        else:
+        elif compressor == "range" and name == "scales":
+            payload = encode_scales(arrays)
+        if payload is None:
             codec = "brotli" if compressor == "range" else compressor
             payload = _compress_arrays(name, arrays, codec)
         if codec == "range" and size <= SECOND_OPINION_BYTES:
@@ -713,6 +749,8 @@ def decode_records(plan: list, table: list, payload: memoryview) -> list[Record]
         if codec == "range" and name.startswith("codes"):
             bits = int(name[5:])
             streams[name] = iter(range_decode(data, [tuple(e[3]) for e in plan if e[1] == "codes" and e[2] == bits], bits))
+        elif codec == "range" and name == "scales":
+            streams[name] = memoryview(decode_scales(data, [e[3][0] for e in plan if e[1] == "codes"]))
         else:
             raw = decompress(data, codec, sizes[name])
             streams[name] = memoryview(unshuffle_bytes(raw, 2) if name in ("scales", "half") else raw)
