@@ -56,8 +56,9 @@ def cli(main: Callable[[], int | None]) -> None:
     """Run a command's main(): a `UserError` becomes one clear line on stderr and exit code 2."""
     try:
         code = main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+        text = str(error) if isinstance(error, UserError) else f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
         code = 2
     sys.exit(code or 0)
 
@@ -113,7 +114,7 @@ class Config:
         "whole: the forward as one graph; blocks: one graph a kind of block (quick); 0: eager; auto: on CUDA, whole to train, blocks to evaluate",
         choices=("auto", "0", "whole", "blocks"),
     )
-    seed: int = _data(1337, "seed of the initial weights and of every random draw", low=0)
+    seed: int = _data(1337, "seed of the initial weights and of every random draw", low=0, high=2**63 - 1)
     resume: bool = _data(False, "continue RUN_ID from its last checkpoint")
 
     # --- model: shape
@@ -183,9 +184,9 @@ class Config:
     # --- training: schedule and optimizers
     warmdown_frac: float = _train(0.72, "last fraction of the budget over which the LR falls linearly", low=0, high=1)
     min_lr: float = _train(0.0, "floor of the LR, as a fraction", low=0, high=1)
-    matrix_lr: float = _train(0.04, "Muon", low=0)
-    scalar_lr: float = _train(0.04, "AdamW: scalars, gates, convolutions", low=0)
-    tied_embed_lr: float = _train(0.05, "AdamW: embedding tables", low=0)
+    matrix_lr: float = _train(0.04, "Muon", low=0, high=1e6)
+    scalar_lr: float = _train(0.04, "AdamW: scalars, gates, convolutions", low=0, high=1e6)
+    tied_embed_lr: float = _train(0.05, "AdamW: embedding tables", low=0, high=1e6)
     muon_momentum: float = _train(0.95, "final momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = _train(0.85, "momentum at the first step", low=0, high=0.9999)
     muon_momentum_warmup_frac: float = _train(0.1, "fraction of the budget over which it rises", low=0, high=1)
@@ -245,7 +246,7 @@ class Config:
     eval_batch_seqs: int = _eval(0, "windows a forward; 0: automatic", low=0)
     ttt_enabled: bool = _eval(True, "score-first test-time training after the plain sliding pass")
     ttt_optimizer: str = _eval("sgd", "its optimizer", choices=("sgd", "adamw"))
-    ttt_lr: float = _eval(0.005, "its learning rate", low=0)
+    ttt_lr: float = _eval(0.005, "its learning rate", low=0, high=1e6)
     ttt_momentum: float = _eval(0.9, "SGD momentum", low=0, high=0.9999)
     ttt_nesterov: bool = _eval(True, "Nesterov momentum")
     ttt_epochs: int = _eval(4, "passes over each scored chunk", low=0)
@@ -348,8 +349,9 @@ def _parse_value(spec: dataclasses.Field, value, origin: str):
         raise UserError(f"{name}={value!r} ({origin}) is not one of {', '.join(limits['choices'])}")
     if limits["low"] is not None and value < limits["low"]:
         raise UserError(f"{name}={value} ({origin}) is below its least value {limits['low']}")
-    if limits["high"] is not None and value > limits["high"]:
-        raise UserError(f"{name}={value} ({origin}) is above its greatest value {limits['high']}")
+    high = limits["high"] if limits["high"] is not None else {"int": 10**12, "float": 1e12}.get(spec.type)
+    if high is not None and value > high:
+        raise UserError(f"{name}={value} ({origin}) is above its greatest value {high}")
     return value
 
 
@@ -389,6 +391,10 @@ def _check_config(cfg: Config) -> None:
         raise UserError(f"ROPE_DIMS={cfg.rope_dims} must be even and at most the head dim {cfg.head_dim}")
     if cfg.attn_gate_width > cfg.model_dim:
         raise UserError(f"ATTN_GATE_WIDTH={cfg.attn_gate_width} is wider than MODEL_DIM={cfg.model_dim}")
+    if int(cfg.mlp_mult * cfg.model_dim) < 1:
+        raise UserError(f"MLP_MULT={cfg.mlp_mult} of MODEL_DIM={cfg.model_dim} leaves the MLP no width")
+    if cfg.run_id and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", cfg.run_id):
+        raise UserError(f"RUN_ID={cfg.run_id!r} is not a plain folder name (letters, digits, dot, dash, underscore)")
     if cfg.bigram_vocab_size == 1:
         raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no bucket for n-grams: the last one means 'no predecessor'")
     if cfg.trigram_hash and not cfg.bigram_vocab_size:
@@ -403,6 +409,10 @@ def _check_config(cfg: Config) -> None:
     for layer, first in enumerate(owner):
         if MIXERS[pattern[layer]] is not MIXERS[pattern[first]]:
             raise UserError(f"SHARED_LAYERS: layers {first} ({pattern[first]}) and {layer} ({pattern[layer]}) differ in kind")
+        for name in ("xsa_layers", "ve_layers"):
+            chosen = parse_layers(getattr(cfg, name), len(pattern), name.upper())
+            if (layer in chosen) != (first in chosen):
+                raise UserError(f"{name.upper()} names only one of the layers {first} and {layer}, which share their mixer")
     if cfg.gptq_reserve_seconds and cfg.gptq_reserve_seconds >= cfg.max_wallclock_seconds > 0:
         raise UserError(f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS")
     try:
@@ -433,6 +443,8 @@ def layer_owners(cfg: Config) -> list[int]:
     for group in filter(None, cfg.shared_layers.split(";")):
         layers = parse_layers(group, len(owners), "SHARED_LAYERS")
         for layer in layers:
+            if owners[layer] != layer or layer in owners[:layer]:
+                raise UserError(f"SHARED_LAYERS={cfg.shared_layers}: layer {layer} is in two groups")
             owners[layer] = layers[0]
     return owners
 
@@ -533,10 +545,17 @@ class RunContext:
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         return self.all_reduce_sum(tensor).div_(self.world_size)
 
-    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        if self.world_size > 1:
-            dist.broadcast(tensor, source)
-        return tensor
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rank 0's CPU tensors on every rank; what the other ranks pass is ignored."""
+        if self.world_size == 1:
+            return dict(tensors)
+        shapes = self.broadcast_object({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        shared = {
+            name: tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()
+        }
+        for tensor in shared.values():
+            dist.broadcast(tensor, 0)
+        return shared
 
     def broadcast_object(self, value):
         """Rank 0's value on every rank."""
@@ -563,7 +582,14 @@ def setup_distributed(device: str = "auto") -> RunContext:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda, but torch sees no CUDA device here")
     on_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    try:
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    except ValueError:
+        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: start several processes with torchrun") from None
+    if world > 1 and not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"WORLD_SIZE={world}, but no MASTER_ADDR: start several processes with torchrun")
+    if on_cuda and local >= torch.cuda.device_count():
+        raise UserError(f"rank {rank} wants GPU {local} of this machine, which has {torch.cuda.device_count()}: lower --nproc_per_node")
     target = torch.device("cuda", local) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(target)
@@ -597,6 +623,8 @@ def list_shards(data_path: str | Path, split: str) -> list[Path]:
 def load_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
     """Memory-map one shard's uint16 tokens, refusing a wrong header or length. `vocab_size` also checks every token."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
     size = path.stat().st_size
     header_bytes = SHARD_HEADER_INTS * 4
     if size < header_bytes:
@@ -695,7 +723,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None):
     from sentencepiece import SentencePieceProcessor
 
     if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path} does not exist")
+        raise UserError(f"TOKENIZER_PATH={path} is not a file")
     try:
         tokenizer = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # the library raises RuntimeError, OSError or TypeError by the kind of damage
@@ -802,7 +830,11 @@ def plan_attention(cfg: Config, device: torch.device, compiled: bool) -> Attenti
     on_cuda = device.type == "cuda"
 
     def missing(package: str) -> str:
-        return "" if importlib.util.find_spec(package) else f"{package} is not installed"
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # raised, not returned, when the parent of a dotted name is missing
+            found = None
+        return "" if found else f"{package} is not installed"
 
     faults = {  # in order of preference; an empty fault means usable
         "fa4": "needs a Blackwell GPU" if capability[0] != 10 else missing("flash_attn.cute"),
@@ -1128,7 +1160,7 @@ class FakeQuantize(nn.Module):
     """Late QAT: shows a linear layer the weights that quantization would leave it, passing gradients straight through.
 
     `strength` is a tensor, 0 until QAT starts: a Python flag would be folded into the compiled graph and never take effect.
-    Steps follow SDClip (k·std(row)/(2^(bits−1)−1)), as quantize.py's do. Mode "noise" adds noise of a scaled-down step instead of rounding.
+    Steps follow SDClip, k·std(row)/(2^(bits−1)−1), with QAT_BITS and k = MATRIX_CLIP_SIGMAS for every layer. Mode "noise" adds noise of a scaled-down step instead of rounding.
     """
 
     def __init__(self, bits: int, clip_sigmas: float, mode: str, noise_scale: float):
@@ -1138,7 +1170,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            step = (self.clip_sigmas / self.levels * weight.std(dim=1, keepdim=True)).clamp_min(1e-12)
+            step = (self.clip_sigmas / self.levels * weight.std(dim=1, keepdim=True, unbiased=weight.size(1) > 1)).clamp_min(1e-12)
             if self.mode == "noise":
                 change = torch.randn_like(weight) * (self.noise_scale / math.sqrt(12)) * step
             else:
@@ -1448,7 +1480,7 @@ class MLP(nn.Module):
 def output_head(x: Tensor, weight: Tensor, targets: Tensor | None, cap: float, reduction: str) -> Tensor:
     """Softcapped logits of x [B,n,C] over the tied embedding [V,C]; with targets [B,n] their cross-entropy in nats.
 
-    Training multiplies in x's dtype. Scores and distributions multiply in float32: a bf16 logit of 20 is rounded to 1/8, which
+    Training multiplies in x's dtype. Scores and distributions multiply in float32 (TF32 on CUDA): a bf16 logit of 20 is rounded to 1/8, which
     would show as noise of that size in single tokens' scores.
     """
     if targets is None or reduction != "mean":
@@ -1913,14 +1945,14 @@ def plan_batch(cfg: Config, ctx: RunContext) -> BatchPlan:
     if cfg.micro_batch_tokens:
         per_micro, rest = divmod(cfg.micro_batch_tokens, seq)
         if rest or not per_micro or per_rank % per_micro:
-            good = [seq * n for n in range(1, per_rank + 1) if per_rank % n == 0]
+            good = [seq * n for n in range(1, min(per_rank, 4096) + 1) if per_rank % n == 0]
             raise UserError(
                 f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide the {per_rank * seq} tokens of a rank; "
                 f"sizes that do: {', '.join(map(str, good[:12]))}"
             )
     else:
         limit = 131072 if ctx.device.type == "cuda" else 16384  # tokens whose logits and activations fit comfortably
-        per_micro = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and (n == 1 or n * seq <= limit))
+        per_micro = max(n for n in range(1, min(per_rank, max(1, limit // seq)) + 1) if per_rank % n == 0)
     return BatchPlan(per_rank * world, per_rank, per_micro)
 
 
@@ -2022,10 +2054,14 @@ def evaluate(
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
     """Tensors and a JSON header, written atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_write(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"meta": json.dumps(meta)})
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"meta": json.dumps(meta)})
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be written: {error}") from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -2058,7 +2094,13 @@ def load_run(run_dir: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: is {run_dir} a finished run?")
     weights, meta = load_tensors(path)
+    if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict):
+        raise UserError(f"{path} carries no configuration: it is not a run's model")
     return meta["config"], weights, meta
+
+
+class TrainingDiverged(UserError):
+    """The loss or the weights stopped being numbers."""
 
 
 @dataclass
@@ -2087,11 +2129,17 @@ class TrainState:
         params = dict(self.model.named_parameters())
         load_weights(self.model, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")})
         for name, value in zip(params, self.ema):
-            value.copy_(tensors[f"ema/{name}"])
+            value.copy_(tensors.get(f"ema/{name}", tensors[f"model/{name}"]))  # an EMA switched on at resume starts from the weights
         self.optimizers.load_state(tensors)
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and self.optimizers.ctx.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+    def assert_finite(self) -> None:
+        """Refuse to save what can never be trained or evaluated again."""
+        for name, tensor in self.tensors().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise TrainingDiverged(f"{name} holds values that are no numbers at step {self.step}: nothing of this step is saved")
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -2110,7 +2158,10 @@ CHECKPOINTS_KEPT = 2
 
 def save_checkpoint(state: TrainState, cfg: Config, folder: Path) -> Path:
     """checkpoints/step_0000500.safetensors, written atomically; older ones beyond the last two are removed."""
+    state.assert_finite()
     path = folder / "checkpoints" / f"step_{state.step:07d}.safetensors"
+    for leftover in path.parent.glob(".step_*.tmp"):  # of a run killed while it wrote
+        leftover.unlink()
     meta = {
         "config": cfg.to_dict(),
         "step": state.step,
@@ -2125,29 +2176,53 @@ def save_checkpoint(state: TrainState, cfg: Config, folder: Path) -> Path:
     return path
 
 
-def restore_checkpoint(state: TrainState, cfg: Config, folder: Path, ctx: RunContext) -> bool:
-    """Load the last readable checkpoint of the run; False if it has none."""
-    for path in sorted((folder / "checkpoints").glob("step_*.safetensors"), reverse=True):
+CHECKPOINT_KEYS = {"config", "step", "elapsed", "position", "stream_tokens", "looping"}
+
+
+def read_last_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict] | None:
+    """The newest readable checkpoint; None if the run has written none. A damaged one is set aside under another name."""
+    paths = sorted((folder / "checkpoints").glob("step_*.safetensors"), reverse=True)
+    for path in paths:
         try:
             tensors, meta = load_tensors(path)
+            if not isinstance(meta, dict) or not meta.keys() >= CHECKPOINT_KEYS:
+                raise UserError(f"{path} is not a checkpoint of a run")
+            return tensors, meta
         except UserError as error:
-            ctx.log(f"warning: {error}; trying the one before")
-            continue
-        stage = {f.name: f.metadata["stage"] for f in settings()}
-        for name, value in cfg.to_dict().items():
-            before = meta["config"].get(name, value)
-            if value != before and stage[name] == "model":
-                raise UserError(f"{name.upper()}={value}, but the checkpoint was trained with {before}")
-            if value != before and name not in ("resume", "run_id"):
-                ctx.log(f"resume: {name.upper()} changes from {before} to {value}")
-        if meta["stream_tokens"] != state.stream.total_tokens:
-            raise UserError(f"the training shards hold {state.stream.total_tokens} tokens; the run began with {meta['stream_tokens']}")
-        state.load(tensors)
-        state.step, state.elapsed, state.stream.position = meta["step"], meta["elapsed"], meta["position"]
-        state.model.looping = meta["looping"]
-        ctx.log(f"resume: {path.name}, {state.elapsed:.1f}s of the budget spent")
-        return True
-    return False
+            log(f"warning: {error}; trying the one before")
+            path.rename(path.with_suffix(".damaged"))
+    if paths:
+        raise UserError(f"no checkpoint in {folder / 'checkpoints'} can be read; the files are kept as *.damaged")
+    return None
+
+
+def restore_checkpoint(state: TrainState, cfg: Config, folder: Path, ctx: RunContext) -> bool:
+    """Continue from the last readable checkpoint of the run; False if it has none. Rank 0 reads, so only its disk need hold it."""
+    tensors, meta, fault = {}, None, None
+    if ctx.is_main:
+        try:
+            tensors, meta = read_last_checkpoint(folder, ctx.log) or ({}, None)
+        except UserError as error:
+            fault = str(error)
+    meta, fault = ctx.broadcast_object((meta, fault))
+    if fault:
+        raise UserError(fault)
+    if meta is None:
+        return False
+    stage = {f.name: f.metadata["stage"] for f in settings()}
+    for name, value in cfg.to_dict().items():
+        before = meta["config"].get(name, value)
+        if value != before and stage[name] == "model":
+            raise UserError(f"{name.upper()}={value}, but the checkpoint was trained with {before}")
+        if value != before and name not in ("resume", "run_id"):
+            ctx.log(f"resume: {name.upper()} changes from {before} to {value}")
+    if meta["stream_tokens"] != state.stream.total_tokens:
+        raise UserError(f"the training shards hold {state.stream.total_tokens} tokens; the run began with {meta['stream_tokens']}")
+    state.load(ctx.broadcast_tensors(tensors))
+    state.step, state.elapsed, state.stream.position = meta["step"], meta["elapsed"], meta["position"]
+    state.model.looping = meta["looping"]
+    ctx.log(f"resume: step {state.step}, {state.elapsed:.1f}s of the budget spent")
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2171,8 +2246,9 @@ def flops_per_token(model: GPT) -> float:
     order = model.layer_order(model.looping)
     linear = sum(m.weight.numel() for layer in order for m in model.blocks[layer].modules() if isinstance(m, Linear))
     head = model.tok_emb.weight.numel()
-    spans = {"A": cfg.train_seq_len / 2, "S": min(cfg.window_size, cfg.train_seq_len / 2), "G": cfg.gdn_head_dim}
-    mixing = sum(2 * 2 * cfg.model_dim * spans.get(cfg.pattern[layer], 0) for layer in order)
+    full, window = cfg.model_dim * cfg.train_seq_len / 2, cfg.model_dim * min(cfg.window_size, cfg.train_seq_len / 2)
+    widths = {"A": full, "S": window, "G": cfg.gdn_v_heads * cfg.gdn_head_dim**2}
+    mixing = sum(2 * 2 * widths.get(cfg.pattern[layer], 0) for layer in order)
     return 6.0 * (linear + head) + 3.0 * mixing
 
 
@@ -2181,7 +2257,7 @@ GAUSSIAN_ENTROPY_BITS = math.log2(math.sqrt(2 * math.pi * math.e))
 
 
 def estimate_bytes(model: GPT, cfg: Config) -> int:
-    """Size of the packed weights before training, from each role's bits and clip."""
+    """Size of the packed weights before training, from MATRIX_BITS, EMBED_BITS and the clips alone (no overrides, no split)."""
     total = 0.0
     clips = {"mlp": cfg.mlp_clip_sigmas, "attn": cfg.attn_clip_sigmas, "embed": cfg.embed_clip_sigmas, "hash": cfg.embed_clip_sigmas}
     for spec in parameter_table(model, cfg):
@@ -2255,8 +2331,10 @@ def describe(model: GPT, cfg: Config) -> list[str]:
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense, by the vendor's datasheets
 
 
-class TrainingDiverged(UserError):
-    """The loss stopped being a number."""
+def set_qat_strength(model: GPT, strength: float) -> None:
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.strength.fill_(strength)
 
 
 class StopSignal:
@@ -2267,6 +2345,9 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _remember(self, number, frame) -> None:
+        if self.received:  # asked twice: whoever asks will not wait for the step to end
+            self.restore()
+            signal.raise_signal(number)
         self.received = number
 
     def restore(self) -> None:
@@ -2282,7 +2363,10 @@ class Trainer:
         self.batch = plan_batch(cfg, ctx)
         self.tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
         self.byte_table = ByteTable.from_tokenizer(self.tokenizer)
+        self.tokenizer_sha256 = tokenizer_hash(cfg.tokenizer_path)
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
+        if not self.byte_table.count(self.val_tokens[:-1], self.val_tokens[1:]).sum():  # better found now than after the training
+            raise UserError(f"the {len(self.val_tokens)} validation tokens stand for no bytes of text: nothing to score")
         stream = TokenStream(cfg.data_path, cfg.vocab_size)
         if self.batch.sequences * cfg.train_seq_len > stream.total_tokens:
             step = self.batch.sequences * cfg.train_seq_len
@@ -2294,6 +2378,7 @@ class Trainer:
         self.forward = maybe_compile(model)
         self.in_flight: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
         self.last_loss = float("nan")
+        self.qat = False
 
     # --- one step
 
@@ -2314,15 +2399,15 @@ class Trainer:
         return loss
 
     def set_phase(self, progress: float) -> None:
-        """Switch depth recurrence and QAT on when their time has come; returns nothing, logs each change once."""
+        """Switch depth recurrence and QAT on when their time has come."""
         model, cfg = self.state.model, self.cfg
         if cfg.num_loops and not model.looping and progress >= cfg.enable_looping_at:
             model.looping = True
             self.ctx.log(f"step:{self.state.step} depth recurrence on: layers {' '.join(map(str, model.layer_order(True)))}")
-        strength = float(qat_active(cfg, progress))
-        for module in model.modules():
-            if isinstance(module, FakeQuantize) and module.strength.item() != strength:
-                module.strength.fill_(strength)
+        if (active := qat_active(cfg, progress)) != self.qat:
+            self.qat = active
+            self.ctx.log(f"step:{self.state.step} QAT {'on' if active else 'off'}")
+            set_qat_strength(model, float(active))
 
     def compile_warmup(self) -> None:
         """Compile and tune every graph before the clock starts, on training tokens, then put everything back as it was."""
@@ -2373,7 +2458,10 @@ class Trainer:
             if not math.isfinite(value):
                 kept = sorted((self.folder / "checkpoints").glob("step_*.safetensors"))
                 last = f"last checkpoint: {kept[-1]}" if kept else "no checkpoint had been written"
-                raise TrainingDiverged(f"train_loss is {value} at step {step}; step {step - 1} was good at {self.last_loss:.4f}; {last}")
+                before = (
+                    f"step {step - 1} was good at {self.last_loss:.4f}" if math.isfinite(self.last_loss) else "no step before it was good"
+                )
+                raise TrainingDiverged(f"train_loss is {value} at step {step}; {before}; {last}")
             self.last_loss = value
 
     def agree(self, elapsed: float, stop: int) -> tuple[float, int]:
@@ -2387,9 +2475,11 @@ class Trainer:
     # --- reports
 
     def validate(self, label: str) -> EvalResult:
-        result = evaluate(
-            self.state.model, self.val_tokens, self.byte_table, self.cfg, self.ctx, self.cfg.train_seq_len, self.cfg.train_seq_len
-        )
+        """Score the float weights as they would be saved: without what QAT imitates, and without the random numbers it draws."""
+        cfg, seq = self.cfg, self.cfg.train_seq_len
+        set_qat_strength(self.state.model, 0.0)
+        result = evaluate(self.state.model, self.val_tokens, self.byte_table, cfg, self.ctx, seq, seq)
+        set_qat_strength(self.state.model, float(self.qat))
         state = self.state
         self.ctx.log(f"step:{state.step} {label} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} ({result.seconds:.1f}s)")
         self.ctx.metric("validation", label=label, step=state.step, elapsed=round(state.elapsed, 3), **dataclasses.asdict(result))
@@ -2414,14 +2504,21 @@ class Trainer:
 
     # --- the run
 
-    def run(self, stop: StopSignal) -> int:
+    def run(self) -> int:
         """Train until the budget is spent or a signal arrives. Returns 0, or 128 + the signal's number after saving."""
-        cfg, ctx, state = self.cfg, self.ctx, self.state
         self.compile_warmup()
-        ctx.barrier()
+        self.ctx.barrier()
+        stop = StopSignal()
+        try:
+            return self._run(stop)
+        finally:
+            stop.restore()
+
+    def _run(self, stop: StopSignal) -> int:
+        cfg, ctx, state = self.cfg, self.ctx, self.state
         tokens_a_step = self.batch.sequences * cfg.train_seq_len
         spent, began = state.elapsed, time.perf_counter()
-        paused = 0.0  # seconds of validation, which the budget does not count
+        paused = 0.0  # seconds of validation, which the budget does not count (it does count writing checkpoints)
         first_step = mark_step = state.step
         mark_time, warned = state.elapsed, False
         progress = before = training_progress(cfg, state.step, state.elapsed)
@@ -2454,7 +2551,7 @@ class Trainer:
                 self.settle(0)
                 self.report(progress, steps_taken * tokens_a_step / max(1e-9, state.elapsed - mark_time))
                 mark_step, mark_time = state.step, state.elapsed
-            if not warned and progress and state.step - first_step >= min(10, cfg.iterations):
+            if not warned and state.step and progress and (done or state.step - first_step >= 10):
                 warned = True
                 for warning in length_warnings(cfg, state.step / progress):
                     ctx.log(f"warning: {warning}")
@@ -2474,6 +2571,9 @@ class Trainer:
     def finish(self) -> None:
         """Validate the raw and the averaged weights, and save the averaged ones as the run's result."""
         cfg, ctx, state = self.cfg, self.ctx, self.state
+        if not state.step:
+            raise UserError("the budget was spent before the first step: raise MAX_WALLCLOCK_SECONDS")
+        state.assert_finite()
         raw = self.validate("raw")
         with state.averaged_weights():
             result = self.validate("ema") if cfg.ema_decay else raw
@@ -2490,7 +2590,7 @@ class Trainer:
                 "world_size": ctx.world_size,
                 "device": torch.cuda.get_device_name() if ctx.device.type == "cuda" else "cpu",
                 "torch": torch.__version__,
-                "tokenizer_sha256": tokenizer_hash(cfg.tokenizer_path),
+                "tokenizer_sha256": self.tokenizer_sha256,
                 "val_loss": result.val_loss,
                 "val_bpb": result.val_bpb,
             }
@@ -2520,18 +2620,15 @@ def new_run_id(environ_preset: str) -> str:
     return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
-def open_run(cfg: Config, ctx: RunContext) -> Path:
-    """The run's folder, refused when it already holds another run; config.json written."""
+def find_run(cfg: Config, ctx: RunContext) -> tuple[Path, bool]:
+    """The run's folder and whether the run is finished; refused if it holds a run that was not asked to go on. Rank 0 looks."""
     folder = Path(cfg.runs_dir) / cfg.run_id
-    started = (folder / "checkpoints").is_dir() or (folder / "model.safetensors").is_file()
+    finished = (folder / "model.safetensors").is_file()
+    started = finished or (folder / "checkpoints").is_dir()
+    started, finished = ctx.broadcast_object((started, finished))
     if started and not cfg.resume:
         raise UserError(f"{folder} already holds a run; RESUME=1 continues it, or choose another RUN_ID")
-    ctx.barrier()  # no rank may look after rank 0 has begun to write
-    ctx.open_logs(folder)
-    if ctx.is_main:
-        with atomic_write(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps({"config": cfg.to_dict(), "origins": cfg.origins}, indent=1))
-    return folder
+    return folder, finished
 
 
 def banner(trainer: Trainer) -> None:
@@ -2576,26 +2673,28 @@ def main() -> int:
         print("\n".join(describe(model, cfg)))
         return 0
     ctx = setup_distributed(cfg.device)
-    stop = StopSignal()
     try:
         run_id = ctx.broadcast_object(cfg.run_id or new_run_id(os.environ.get("PRESET", "")))
         cfg = dataclasses.replace(cfg, run_id=run_id)
-        folder = open_run(cfg, ctx)
-        for warning in near_misses(os.environ):
-            ctx.log(f"warning: {warning}")
-        if cfg.resume and (folder / "model.safetensors").is_file():
+        folder, finished = find_run(cfg, ctx)
+        if finished:
             ctx.log(f"{folder} is finished: nothing to resume")
             return 0
-        trainer = Trainer(cfg, ctx, folder)
+        trainer = Trainer(cfg, ctx, folder)  # every fault of input that can be seen beforehand ends here, before a file is written
+        ctx.open_logs(folder)
+        for warning in near_misses(os.environ):
+            ctx.log(f"warning: {warning}")
         banner(trainer)
         if cfg.resume and not restore_checkpoint(trainer.state, cfg, folder, ctx):
             ctx.log("resume: no checkpoint yet, starting from the beginning")
-        return trainer.run(stop)
-    except UserError as error:
-        ctx.log(f"error: {error}") if isinstance(error, TrainingDiverged) and ctx.is_main else None
+        if ctx.is_main:
+            with atomic_write(folder / "config.json") as temporary:
+                temporary.write_text(json.dumps({"config": cfg.to_dict(), "origins": cfg.origins}, indent=1))
+        return trainer.run()
+    except TrainingDiverged as error:
+        ctx.log(f"error: {error}")
         raise
     finally:
-        stop.restore()
         ctx.close()
 
 

@@ -1,5 +1,7 @@
 """Shards, the training stream, byte accounting and window planning."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_byte_table_counts_the_raw_bytes_of_real_documents(dataset):
     tokens = T.load_tokens(dataset.path, "val", 512)
     starts = [*(tokens == T.BOS_ID).nonzero().flatten().tolist(), len(tokens)]
     assert len(starts) > 2
-    for first, last in zip(starts[:-1], starts[1:]):
+    for first, last in itertools.pairwise(starts):
         text = tokenizer.decode(tokens[first + 1 : last].tolist())
         counted = table.count(tokens[first : last - 1], tokens[first + 1 : last]).sum()
         assert int(counted) == len(text.encode())

@@ -119,6 +119,46 @@ def test_resume_refuses_another_model_and_other_data(train):
         train(RUN_ID="run")
 
 
+def test_unreadable_checkpoints_are_kept_and_named(train, monkeypatch):
+    monkeypatch.setattr(T.Trainer, "finish", lambda self: None)
+    folder, _ = train(RUN_ID="run", CHECKPOINT_EVERY=4)
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(b"junk")
+    with pytest.raises(T.UserError, match=r"no checkpoint in .* can be read"):
+        train(RUN_ID="run", RESUME=1)
+    assert [path.suffix for path in (folder / "checkpoints").iterdir()] == [".damaged", ".damaged"]
+
+
+@pytest.mark.parametrize("settings", [{"ITERATIONS": 3}, {"CHECKPOINT_EVERY": 3}])
+def test_broken_weights_are_never_saved(train, monkeypatch, settings):
+    """The loss of a step is computed before its update: a last update that breaks the weights shows in no loss."""
+    step = T.Trainer.run_step
+
+    def breaking(trainer, progress):
+        loss = step(trainer, progress)
+        if trainer.state.step == 3:
+            trainer.state.model.blocks[0].mlp.fc.weight.data[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(T.Trainer, "run_step", breaking)
+    with pytest.raises(T.TrainingDiverged, match=r"blocks\.0\.mlp\.fc\.weight holds values that are no numbers at step 3"):
+        train(RUN_ID="wild", **settings)
+    assert not list(train.folder("wild").rglob("*.safetensors"))
+
+
+def test_reported_score_is_that_of_the_saved_float_weights(train, dataset):
+    """QAT's imitation is off while validating."""
+    folder, _ = train(RUN_ID="qat", QAT_LAST_FRAC=1, QAT_BITS=3, EMA_DECAY=0)
+    settings, tensors, meta = T.load_run(folder)
+    cfg = T.Config.from_dict({**settings, "qat_last_frac": 0.0})
+    model = T.build_model(cfg)
+    T.load_weights(model, tensors)
+    table = T.ByteTable.from_tokenizer(T.load_tokenizer(dataset.tokenizer))
+    tokens = T.load_tokens(dataset.path, "val", 512, cfg.val_tokens)
+    result = T.evaluate(model, tokens, table, cfg, T.RunContext(), cfg.train_seq_len, cfg.train_seq_len)
+    assert result.val_bpb == pytest.approx(meta["val_bpb"], abs=1e-6)
+
+
 def test_finished_run_has_nothing_to_resume(train):
     folder, _ = train(RUN_ID="run", ITERATIONS=2)
     before = (folder / "model.safetensors").read_bytes()
@@ -135,6 +175,33 @@ def test_two_processes_train_to_the_weights_of_one(launch, train, ranks):
     first, second = (T.load_run(folder)[2] for folder in (one, launch.runs / "two"))
     assert first["val_bpb"] == pytest.approx(second["val_bpb"], abs=1e-4)
     assert second["world_size"] == 2
+
+
+def test_only_rank_zero_needs_the_checkpoint(launch, train):
+    """Ranks may have disks of their own: rank 0 reads, the others receive, and the result is that of the unbroken run."""
+    one, _ = train(RUN_ID="one", MICRO_BATCH_TOKENS=128)
+    import os
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def node(rank, **settings):
+        environment = clean_environment(**{**launch.settings, "DEVICE": "cpu", "RUN_ID": "run", "MICRO_BATCH_TOKENS": 128, **settings})
+        environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment["RUNS_DIR"] = str(launch.runs / f"node{rank}")
+        command = [sys.executable, str(ROOT / "train_gpt.py")]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    for settings in ({"CHECKPOINT_EVERY": 6}, {"RESUME": 1}):
+        nodes = [node(rank, **settings) for rank in (0, 1)]
+        for process in nodes:
+            assert process.wait(timeout=120) == 0, process.stderr.read()[-2000:]
+        if "RESUME" not in settings:
+            os.unlink(launch.runs / "node0" / "run" / "model.safetensors")
+    assert not (launch.runs / "node1").exists(), "rank 1 writes nothing"
+    assert_same_weights(weights(one), weights(launch.runs / "node0" / "run"), exact=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -190,17 +257,18 @@ def test_wallclock_ends_the_run_annealed(train):
 def test_nothing_is_written_for_bad_input(launch, dataset, tmp_path):
     cases = [
         ({"DATA_PATH": tmp_path / "nowhere"}, "is not a folder"),
-        ({"TOKENIZER_PATH": tmp_path / "nowhere.model"}, "does not exist"),
+        ({"TOKENIZER_PATH": tmp_path / "nowhere.model"}, "is not a file"),
         ({"VOCAB_SIZE": 600}, "has 512 pieces, but VOCAB_SIZE=600"),
         ({"TRAIN_BATCH_TOKENS": 64 * 10**9}, "but the training shards hold"),
+        ({"VAL_TOKENS": 1}, "nothing to score"),
+        ({"RUNS_DIR": "/dev/null"}, "/dev/null"),
     ]
     for settings, message in cases:
         result = launch("train_gpt.py", RUN_ID="bad", **settings)
         assert result.returncode == 2, result.stderr
         assert result.stderr.strip().splitlines()[-1].startswith("error: ") and message in result.stderr
         assert "Traceback" not in result.stderr
-        assert not (launch.runs / "bad" / "model.safetensors").exists()
-        assert not (launch.runs / "bad" / "checkpoints").exists()
+        assert not launch.runs.exists(), "a refused run leaves no folder"
     assert launch("train_gpt.py", "--frobnicate").returncode == 2
 
 
