@@ -326,8 +326,9 @@ def load_manifest(data_path: str | Path) -> dict | None:
     """The manifest beside the shards, None where there is none (published exports keep theirs elsewhere, in another form)."""
     try:
         manifest = json.loads((Path(data_path) / "manifest.json").read_text())
-        return manifest if "splits" in manifest else None
-    except (OSError, ValueError):
+        counts = [manifest["splits"]["val"][key] for key in ("tokens", "raw_bytes")]
+        return manifest if all(isinstance(count, int) for count in counts) and isinstance(manifest["splits"]["train"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import audit as auditing
+import packing
 from audit import Ledger, Trace
 from experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
 from quantize import Artifact, code_bytes, load_artifact
@@ -54,8 +56,10 @@ from train_gpt import (
     load_tokenizer,
     load_tokens,
     maybe_compile,
+    near_misses,
     parameter_table,
     plan_windows,
+    resolve_config,
     score_windows,
     setup_distributed,
 )
@@ -133,7 +137,7 @@ def choose_trainable(model: GPT, cfg: Config) -> dict[str, tuple[nn.Parameter, f
     TTT_HASH_BUCKETS adds an embedding of hashed bigrams and trigrams that is zero at first, so that it changes nothing until it learned.
     """
     roles = {"all": None, "mlp": {"mlp"}, "matrices": {"mlp", "attn", "gdn", "shift", "proj"}, "lora": set()}[cfg.ttt_params]
-    frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
+    frozen = tuple(f"blocks.{i}." for i in range(min(cfg.ttt_freeze_blocks, len(model.blocks))))
     table = [spec for spec in parameter_table(model, cfg) if not spec.name.startswith(frozen)]
     chosen = {spec.name: (spec.param, 1.0) for spec in table if roles is None or spec.role in roles}
     model.requires_grad_(False)
@@ -593,10 +597,14 @@ class AuditedRun:
         on_gpu = self.evaluator.ctx.device.type == "cuda"
         furthest = max(self.places, default=0)
         allowance = auditing.measure_noise(self.evaluator, tokens, trace, furthest, cfg.audit_tolerance) if on_gpu else auditing.Allowance()
-        tokenizer = load_tokenizer(cfg.tokenizer_path, vocab)
-        documents, manifest = auditing.decoded_documents(tokens, tokenizer, BOS_ID), auditing.load_manifest(data_path)
-        raw = {"decoded text": sum(map(len, documents))}
+        tokenizer, manifest = load_tokenizer(cfg.tokenizer_path, vocab), auditing.load_manifest(data_path)
         whole = not cfg.eval_tokens or not manifest or cfg.eval_tokens >= manifest["splits"]["val"]["tokens"]
+        # EVAL_TOKENS may cut a character spelled in bytes: the piece of it that is there is counted, not decoded.
+        cut = 0
+        while not whole and cut < len(tokens) - 1 and tokenizer.is_byte(int(tokens[-1 - cut])):
+            cut += 1
+        documents = auditing.decoded_documents(tokens[: len(tokens) - cut], tokenizer, BOS_ID)
+        raw = {"decoded text": sum(map(len, documents)) + cut}
         if manifest and whole:
             raw["manifest"] = manifest["splits"]["val"]["raw_bytes"]
         few = self.places[:: max(1, len(self.places) // 3)]
@@ -761,8 +769,11 @@ def main() -> int:
     path = Path(paths[0])
     if not path.is_file():
         raise UserError(f"{path} does not exist; write it with `python quantize.py runs/<RUN_ID>`")
-    ctx = setup_distributed()
+    header, _ = packing.read_header(path.read_bytes(), str(path))
+    ctx = setup_distributed(resolve_config(os.environ, base=header.get("config")).device)
     try:
+        for warning in near_misses(os.environ):
+            ctx.log(f"warning: {warning}")
         artifact = load_artifact(path, ctx.device)
         result = evaluate_artifact(artifact, ctx, audit="--audit" in arguments)
         print_report(result, ctx)
