@@ -331,7 +331,7 @@ class ScoreFirstEvaluator:
         for module in model.modules():
             if isinstance(module, Linear):
                 module.fake_quantize = None  # the artifact's weights are the quantized ones: QAT's imitation has nothing left to do
-        forward = maybe_compile(model, auto="blocks")
+        forward = maybe_compile(model)
         self.forward = FewShapes(forward, self.batch, cfg.eval_stride, self.seq_len, active=forward is not model)
         self.trainer = None
         if cfg.ttt_enabled:
@@ -684,7 +684,7 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
     tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
     byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
     evaluator = ScoreFirstEvaluator(artifact.model, cfg, byte_table, ctx)
-    mode = compile_mode(cfg, ctx.device, auto="blocks")
+    mode = compile_mode(cfg, ctx.device)
     ctx.log(
         f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval_stride}, {ctx.world_size} rank(s) on "
         f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}"

@@ -111,7 +111,7 @@ class Config:
     device: str = _data("auto", "auto: CUDA if present", choices=("auto", "cpu", "cuda"))
     compile: str = _data(
         "auto",
-        "whole: the forward as one graph; blocks: one graph a kind of block (quick); 0: eager; auto: on CUDA, whole to train, blocks to evaluate",
+        "blocks: one graph a kind of block; whole: the forward as one graph (minutes); 0: eager; auto: blocks on CUDA",
         choices=("auto", "0", "whole", "blocks"),
     )
     seed: int = _data(1337, "seed of the initial weights and of every random draw", low=0, high=2**63 - 1)
@@ -1665,20 +1665,20 @@ def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
     return model
 
 
-def compile_mode(cfg: Config, device: torch.device, auto: str = "whole") -> str:
-    """'whole', 'blocks' or '0'; `auto` is what COMPILE=auto means on CUDA."""
+def compile_mode(cfg: Config, device: torch.device) -> str:
+    """'whole', 'blocks' or '0': what COMPILE means on this device."""
     if cfg.compile != "auto":
         return cfg.compile
-    return auto if device.type == "cuda" else "0"
+    return "blocks" if device.type == "cuda" else "0"
 
 
-def maybe_compile(model: GPT, auto: str = "whole") -> Callable[..., Tensor]:
+def maybe_compile(model: GPT) -> Callable[..., Tensor]:
     """The model's forward, compiled as COMPILE says. Same weights: `model` itself stays usable, uncompiled.
 
-    "whole" takes minutes for a deep model and runs fastest. "blocks" compiles each kind of block once, and the head: seconds instead of
-    minutes, recurrence on or off is the same code, and what is lost is fusion across block boundaries.
+    "blocks" compiles each kind of block once, and the head: half a minute for a deep model, and recurrence on or off is the same code.
+    "whole" makes one graph of the forward (two with depth recurrence): it fuses across blocks too, and takes minutes to compile.
     """
-    mode = compile_mode(model.cfg, next(model.parameters()).device, auto)
+    mode = compile_mode(model.cfg, next(model.parameters()).device)
     if mode == "0":
         return model
     # Kinds of block x shapes x gradient modes are counted against one limit, beyond which a whole graph is refused.

@@ -99,7 +99,8 @@ def test_training_steps_compile_two_graphs_at_most():
     """No recompilation per layer index, step or batch: the forward is traced once a graph."""
     from torch._dynamo.utils import counters
 
-    cfg = T.resolve_config({"PRESET": "gdn3_fa8", "MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "VOCAB_SIZE": "1024"})
+    small = {"MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "VOCAB_SIZE": "1024"}
+    cfg = T.resolve_config({"PRESET": "gdn3_fa8", "COMPILE": "whole", **small})
     torch._dynamo.reset()
     counters.clear()
     model = T.build_model(cfg, DEVICE)
