@@ -153,7 +153,7 @@ COMPRESSIONS = (".gz", ".zst")
 
 
 def file_format(path: Path) -> str | None:
-    """"text", "jsonl", "parquet", or None for a file that is none of them."""
+    """One of text, jsonl and parquet; None for a file that is none of them."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         inner = FORMATS.get(Path(path.stem).suffix.lower())
@@ -203,12 +203,16 @@ def describe_source(source: Source) -> dict:
             size += len(data)
             count += 1
         version = ".".join(map(str, sys.version_info[:3]))
-        return {"kind": "stdlib", "python": version, "split": source.split, "files": count, "bytes": size,
-                "sha256": digest.hexdigest()}
+        return {"kind": "stdlib", "python": version, "split": source.split, "files": count, "bytes": size, "sha256": digest.hexdigest()}
     with futures.ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter lock
         digests = list(pool.map(sha256_file, source.files))
-    entry = {"kind": "file", "path": source.label, "split": source.split, "files": len(source.files),
-             "bytes": sum(p.stat().st_size for p in source.files)}
+    entry = {
+        "kind": "file",
+        "path": source.label,
+        "split": source.split,
+        "files": len(source.files),
+        "bytes": sum(p.stat().st_size for p in source.files),
+    }
     root = Path(source.label)
     if root.is_dir():
         entry["kind"] = "folder"
@@ -552,7 +556,7 @@ def piece_bytes(processor: spm.SentencePieceProcessor) -> np.ndarray:
 
 
 def model_facts(model: bytes) -> dict[str, int]:
-    """"bpe", "identity" and "dummy_prefix" of a serialized model, 0 or 1.
+    """ "bpe", "identity" and "dummy_prefix" of a serialized model, 0 or 1.
 
     Reads the few fields of sentencepiece_model.proto that the processor does not expose: trainer_spec (2).model_type
     (3) and normalizer_spec (3).precompiled_charsmap (2), .add_dummy_prefix (3), .remove_extra_whitespaces (4).
@@ -1037,8 +1041,10 @@ def summary(out: Path, manifest: dict) -> str:
     for split in SPLITS:
         entry = manifest["splits"][split]
         ratio = entry["raw_bytes"] / max(1, entry["tokens"] - entry["documents"])
-        lines.append(f"{split:<10} {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-                     f"{entry['raw_bytes']:,} bytes ({ratio:.2f} bytes a token), {len(entry['shards'])} shard(s)")
+        lines.append(
+            f"{split:<10} {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+            f"{entry['raw_bytes']:,} bytes ({ratio:.2f} bytes a token), {len(entry['shards'])} shard(s)"
+        )
     return "\n".join(lines)
 
 
@@ -1490,17 +1496,31 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("inputs", nargs="*", metavar="PATH", help=".txt .md .jsonl (.gz .zst) .parquet files, or folders of them")
     add("--source", choices=["stdlib"], help="the embedded corpus; the default where no PATH is given")
     add("--val", action="append", metavar="PATH", help="validation documents, in their order (may be repeated)")
-    add("--val-fraction", type=number(float, 0, 1, open_ends=True), metavar="F",
-        help="without --val: the share of documents, by hash, that is held out (0.03 for stdlib, else 0.01)")
+    add(
+        "--val-fraction",
+        type=number(float, 0, 1, open_ends=True),
+        metavar="F",
+        help="without --val: the share of documents, by hash, that is held out (0.03 for stdlib, else 0.01)",
+    )
     add("--drop-overlap", action="store_true", help="leave documents of --val out of training instead of failing")
     add("--text-key", default="text", metavar="KEY", help="field or column that holds the text (text)")
     add = parser.add_argument_group("tokenizer").add_argument
     add("--vocab-size", type=number(int, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE), metavar="V", help="pieces to train (1024)")
     add("--tokenizer", metavar="PATH", help="take this SentencePiece model instead of training one")
-    add("--tokenizer-sample-mb", type=number(float, 0.001, 1e6), default=32.0, metavar="MB",
-        help="training text the tokenizer is trained on (32)")
-    add("--character-coverage", type=number(float, 0.9, 1.0), default=0.9995, metavar="C",
-        help="share of characters that get a piece; the rest is spelled in bytes (0.9995)")
+    add(
+        "--tokenizer-sample-mb",
+        type=number(float, 0.001, 1e6),
+        default=32.0,
+        metavar="MB",
+        help="training text the tokenizer is trained on (32)",
+    )
+    add(
+        "--character-coverage",
+        type=number(float, 0.9, 1.0),
+        default=0.9995,
+        metavar="C",
+        help="share of characters that get a piece; the rest is spelled in bytes (0.9995)",
+    )
     add("--allow-lossy", action="store_true", help="accept a tokenizer that changes text, as published ones do")
     add = parser.add_argument_group("published exports").add_argument
     add("--variant", metavar="sp1024|sp4096|sp8192", help="download this export of FineWeb")
@@ -1508,14 +1528,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--repo-id", help="dataset repository on the hub (by variant)")
     add("--endpoint", metavar="URL", help="address of the hub (https://huggingface.co)")
     add("--revision", default="main", help="branch, tag or commit (main)")
-    add("--remote-prefix", default="datasets", metavar="FOLDER",
-        help="folder of manifest.json in the repository (datasets)")
+    add("--remote-prefix", default="datasets", metavar="FOLDER", help="folder of manifest.json in the repository (datasets)")
     add = parser.add_argument_group("output").add_argument
     add("--name", help="names data/datasets/<name> and data/tokenizers/<name>.model (<input>_sp<V>)")
     add("--out", metavar="FOLDER", help="dataset folder, if another one")
     add("--tokenizer-out", metavar="PATH", help="tokenizer file, if another one")
-    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=100_000_000, metavar="N",
-        help="tokens a shard (100M)")
+    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=100_000_000, metavar="N", help="tokens a shard (100M)")
     add("--overwrite", action="store_true", help="replace another dataset or tokenizer that stands there")
     add("--workers", type=number(int, 1), metavar="N", help="processes (all cores)")
     args = parser.parse_intermixed_args(argv)

@@ -370,7 +370,10 @@ def test_blocks_of_one_kind_share_a_graph(monkeypatch):
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
     torch._dynamo.reset()
-    model, ids = make({**EVERYTHING, "LAYER_PATTERN": "GGGTAAAG", "PARALLEL_START": "6", "VE_LAYERS": "", "SHARED_LAYERS": ""}, COMPILE="blocks"), tokens(40)
+    model, ids = (
+        make({**EVERYTHING, "LAYER_PATTERN": "GGGTAAAG", "PARALLEL_START": "6", "VE_LAYERS": "", "SHARED_LAYERS": ""}, COMPILE="blocks"),
+        tokens(40),
+    )
     forward = T.maybe_compile(model)
     for looping in (False, True):
         model.looping = looping

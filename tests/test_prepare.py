@@ -639,7 +639,9 @@ def test_unfit_tokenizers(here, capsys, options, message):
     write_jsonl(here / "in.jsonl", DOCUMENTS)
     base = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "byte_fallback": True, "model_type": "bpe", "minloglevel": 2}
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(sentence_iterator=prepare.sentences(DOCUMENTS), model_writer=model, vocab_size=VOCAB, **{**base, **options})
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=prepare.sentences(DOCUMENTS), model_writer=model, vocab_size=VOCAB, **{**base, **options}
+    )
     (here / "other.model").write_bytes(model.getvalue())
     command = ("in.jsonl", "--tokenizer", "other.model", "--out", "set", "--val-fraction", 0.2, "--workers", 1)
     assert message in refused(capsys, *command)
@@ -678,7 +680,9 @@ def test_the_command_itself(here):
     result = subprocess.run([sys.executable, script, "missing.jsonl"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "error: missing.jsonl: no such file or folder\n")
     probe = "import sys, prepare; prepare.parse_arguments([]); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "data")})
+    result = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "data")}
+    )
     assert result.stdout == "False\n"
 
 
@@ -753,7 +757,16 @@ def hub(here, tokenizer, monkeypatch):
     thread.start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    server.command = ("--variant", "sp400", "--repo-id", REPO, "--endpoint", f"http://127.0.0.1:{server.server_port}", "--out", "datasets/web")
+    server.command = (
+        "--variant",
+        "sp400",
+        "--repo-id",
+        REPO,
+        "--endpoint",
+        f"http://127.0.0.1:{server.server_port}",
+        "--out",
+        "datasets/web",
+    )
     yield server
     server.shutdown()
     server.server_close()
