@@ -60,6 +60,9 @@ def cli(main: Callable[[], int | None]) -> None:
         text = str(error) if isinstance(error, UserError) else f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
         print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
         code = 2
+    except KeyboardInterrupt:  # training handles the signal itself and saves; elsewhere nothing is half-written
+        print("error: interrupted", file=sys.stderr, flush=True)
+        code = 130
     sys.exit(code or 0)
 
 
