@@ -2020,7 +2020,7 @@ class EvalResult:
 
 def eval_batch_size(cfg: Config, seq_len: int, device: torch.device) -> int:
     """Windows a forward: EVAL_BATCH_SEQS, or what fills the device."""
-    return cfg.eval_batch_seqs or max(1, (262144 if device.type == "cuda" else 8192) // seq_len)
+    return cfg.eval_batch_seqs or max(1, (131072 if device.type == "cuda" else 8192) // seq_len)
 
 
 def evaluate(
