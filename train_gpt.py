@@ -2568,6 +2568,7 @@ class Trainer:
             self.set_phase(progress)
             self.submit(self.run_step(progress))
         self.settle(0)
+        state.elapsed, _ = self.agree(spent + time.perf_counter() - began - paused, 0)  # the last step's own time included
         self.finish()
         return 0
 
