@@ -189,9 +189,9 @@ def test_only_rank_zero_needs_the_checkpoint(launch, train):
 
     def node(rank, **settings):
         environment = clean_environment(**{**launch.settings, "DEVICE": "cpu", "RUN_ID": "run", "MICRO_BATCH_TOKENS": 128, **settings})
-        environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment["RUNS_DIR"] = str(launch.runs / f"node{rank}")
-        command = [sys.executable, str(ROOT / "train_gpt.py")]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1"]
+        command = [*torchrun, "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / "train_gpt.py")]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     for settings in ({"CHECKPOINT_EVERY": 6}, {"RESUME": 1}):
