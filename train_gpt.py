@@ -2364,8 +2364,7 @@ class Trainer:
     def __init__(self, cfg: Config, ctx: RunContext, folder: Path):
         self.cfg, self.ctx, self.folder = cfg, ctx, folder
         self.batch = plan_batch(cfg, ctx)
-        self.tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-        self.byte_table = ByteTable.from_tokenizer(self.tokenizer)
+        self.byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
         self.tokenizer_sha256 = tokenizer_hash(cfg.tokenizer_path)
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
         if not self.byte_table.count(self.val_tokens[:-1], self.val_tokens[1:]).sum():  # better found now than after the training

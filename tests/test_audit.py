@@ -16,15 +16,6 @@ VOCAB, CHUNK, BOS = 13, 16, 1
 BYTES_A_TOKEN = 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def text(n: int = 101, seed: int = 0) -> Tensor:
     """Documents of 10 to 20 tokens, each starting with BOS."""
     g = torch.Generator().manual_seed(seed)

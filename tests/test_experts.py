@@ -24,15 +24,6 @@ from experts import (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def stream(n: int, vocab: int, seed: int = 0) -> torch.Tensor:
     """Tokens with repeats at every order: random phrases drawn again and again."""
     g = torch.Generator().manual_seed(seed)

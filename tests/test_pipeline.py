@@ -47,15 +47,6 @@ EVAL_KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products of this size only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def command(module, *arguments, **settings) -> None:
     """A command's main() in this process (importing torch once), under an environment of `settings` alone."""
     argv = [module.__file__, *map(str, arguments)]

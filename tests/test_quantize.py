@@ -54,15 +54,6 @@ HYBRID = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products of this size only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def randomized(cfg: Config, seed: int = 0) -> train_gpt.GPT:
     """A model whose zero-initialised parts are not zero: as if trained."""
     model = train_gpt.build_model(cfg)
