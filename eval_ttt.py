@@ -160,6 +160,25 @@ def choose_trainable(model: GPT, cfg: Config) -> dict[str, tuple[nn.Parameter, f
     return chosen
 
 
+@contextlib.contextmanager
+def repeatable_gradients(device: torch.device) -> Iterator[None]:
+    """Inside the block a GPU's gradients are the same to the bit when they are computed again.
+
+    The fastest attention backward adds in no fixed order. That noise, carried into the weights, would blur what the audit's reruns
+    are there to see: a score that moved because of a token it must not depend on.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 class TestTimeTrainer:
     """Trains the chosen parameters on chunks that have been scored; gradients are averaged over ranks, so all ranks stay equal."""
 
@@ -226,12 +245,12 @@ class TestTimeTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["multiple"]
         healthy = torch.ones((), device=ctx.device, dtype=torch.bool)
-        for _ in range(cfg.ttt_epochs):
-            for start in range(0, len(windows), cfg.ttt_batch_seqs):
-                batch = slice(start, start + cfg.ttt_batch_seqs)
-                # A chunk of nothing but zero-byte tokens has no weight at all: its step is zero, not 0/0.
-                total = weights[batch].sum().clamp_min(1e-9)
-                mine = torch.arange(len(windows), device=ctx.device)[batch][ctx.rank :: ctx.world_size]
+        for start in list(range(0, len(windows), cfg.ttt_batch_seqs)) * cfg.ttt_epochs:
+            batch = slice(start, start + cfg.ttt_batch_seqs)
+            # A chunk of nothing but zero-byte tokens has no weight at all: its step is zero, not 0/0.
+            total = weights[batch].sum().clamp_min(1e-9)
+            mine = torch.arange(len(windows), device=ctx.device)[batch][ctx.rank :: ctx.world_size]
+            with repeatable_gradients(ctx.device):
                 healthy &= self._step(inputs[mine], targets[mine], weights[mine] / total)
         if not healthy:
             raise UserError(
@@ -344,6 +363,20 @@ class ScoreFirstEvaluator:
     def sliding(self, tokens: Tensor):
         """The plain pass with the artifact's weights: train_gpt.evaluate."""
         return evaluate(self.forward, tokens, self.byte_table, self.cfg, self.ctx, self.seq_len, self.cfg.eval_stride)
+
+    def compile(self, tokens: Tensor, sample: Iterable[int] = ()) -> float:
+        """Have every graph of an evaluation compiled on the text's first windows, so that the rates reported are the evaluation's own; returns
+        the seconds it took. Nothing of it stays: `run` starts afresh, and the training step it takes is of length zero."""
+        if not self.forward.active:
+            return 0.0
+        began = time.perf_counter()
+        first = tokens[: self.seq_len + (self.batch + 1) * self.cfg.eval_stride * self.ctx.world_size + 1]
+        self.sliding(first)
+        self.run(first, sample=sample)
+        if self.trainer:
+            self.trainer.learn(first.to(self.ctx.device), Chunk(0, len(first) - 1), 0.0)
+            self.trainer.reset()
+        return time.perf_counter() - began
 
     def run(self, tokens: Tensor, stop: int = 0, sample: Iterable[int] = (), report: Callable[..., None] | None = None) -> EvaluationTrace:
         """Evaluate. `stop` ends the run early, once the targets before it are scored; plans and schedules stay those of the whole text.
@@ -480,14 +513,14 @@ class _Pass:
             gathered = torch.zeros(until - begin, record.size(1) + 1, dtype=torch.float64, device=ctx.device)
             gathered[mine, :-1] = record
             gathered[:, -1].index_add_(0, mine, torch.ones_like(mine, dtype=torch.float64))
-            gathered, mass = ctx.all_reduce_sum(gathered), ctx.all_reduce_sum(prediction.mass())
+            gathered, statistics = ctx.all_reduce_sum(gathered), ctx.all_reduce_sum(prediction.statistics(targets[mine]))
             self._record(begin, until, -gathered[:, 0], gathered[:, -1])
             self.sums -= gathered[:, : len(mixture.series)].sum(0)
             if self.invalid:
                 self.invalid.observe(prediction, mine, contexts, targets)
             if self.evaluator.expert_config.names:
                 self.trace.ledger.use(slice(begin, until), "counts and weights of the experts")
-                mixture.update(prediction, targets, gathered[:, :-1], mass)
+                mixture.update(prediction, targets, gathered[:, :-1], statistics)
 
     @property
     def _context_length(self) -> int:
@@ -656,6 +689,9 @@ def print_report(result: dict, ctx: RunContext) -> None:
     row("sliding window", result["sliding_bpb"], "sliding")
     row("+ TTT", result["ttt_bpb"], "score_first")
     row("+ experts", result["experts_bpb"], "score_first")
+    for phase in ("model", "experts", "training"):
+        if phase in seconds:
+            lines.append(f"    {phase + ' alone':<31}{seconds[phase]:>10.1f}{rate[phase]:>12,.0f}")
     for name, gain in (result["experts"] or {}).items():
         lines.append(f"    {name:<22}{gain['bpb']:>9.4f}   {-gain['gain_bpb']:+.4f} bpb for the model with it")
     if result["invalid_cache"]:
@@ -690,10 +726,16 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
         f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}"
     )
 
+    audited = AuditedRun(evaluator, tokens) if audit else None
+    sample = audited.sample if audited else ()
+    seconds = {"compile": evaluator.compile(tokens, sample)}
+    if seconds["compile"]:
+        ctx.log(f"compiled in {seconds['compile']:.1f}s")
     plain = evaluator.sliding(tokens)
-    ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s")
-    seconds = {"sliding": plain.seconds}
-    final, trace, audited = (plain.val_loss, plain.val_bpb, plain.tokens_scored, plain.bytes_scored), None, None
+    seconds["sliding"] = plain.seconds
+    ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s ({plain.tokens_scored / plain.seconds:,.0f} tok/s)")
+    trace = None
+    final = (plain.val_loss, plain.val_bpb, plain.tokens_scored, plain.bytes_scored)
     if cfg.ttt_enabled or evaluator.expert_config.names or cfg.invalid_cache or audit:
         if cfg.ttt_enabled:
             trainable = sum(param.numel() for param in evaluator.trainer.params)
@@ -701,7 +743,6 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
                 f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
                 f"{cfg.ttt_epochs} epochs, chunks of {cfg.ttt_chunk_tokens:,}, schedule {cfg.ttt_lr_schedule}"
             )
-        audited = AuditedRun(evaluator, tokens) if audit else None
         started = time.perf_counter()
 
         def progress(number: int, count: int, so_far: Trace, reached: int) -> None:
@@ -709,7 +750,7 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
                 mean = so_far.ledger.nll[:reached].mean().item()
                 ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / (time.perf_counter() - started):,.0f}")
 
-        trace = evaluator.run(tokens, sample=audited.sample if audited else (), report=progress)
+        trace = evaluator.run(tokens, sample=sample, report=progress)
         seconds |= {"score_first": time.perf_counter() - started, **trace.seconds}
         final = (trace.val_loss, trace.val_bpb, int(trace.scored.sum()), trace.bytes_scored)
         assert trace.bytes_scored == plain.bytes_scored and final[2] == plain.tokens_scored
@@ -750,7 +791,9 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
         }
     seconds["total"] = time.perf_counter() - began
     result["seconds"] = seconds
-    result["tokens_per_second"] = {phase: final[2] / took for phase, took in seconds.items() if took and phase not in ("audit", "total")}
+    result["tokens_per_second"] = {
+        phase: final[2] / took for phase, took in seconds.items() if took and phase not in ("compile", "audit", "total")
+    }
     result["config"] = cfg.to_dict()
     result["run"] = {key: artifact.meta.get(key) for key in ("steps", "train_seconds", "looping", "tokenizer_sha256")}
     return result

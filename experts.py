@@ -4,7 +4,7 @@
     for block in blocks:                                     # left to right
         prediction = mixture.predict(logits, contexts)       # sees the strict past only; nothing is updated
         p = prediction.probs(targets[:, None])               # score ... `probs(all tokens)` is the full distribution
-        mixture.update(prediction, targets, prediction.record(targets), prediction.mass())   # ... then update
+        mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))   # ... then update
 
 What makes a score valid is structural here: `predict` receives no target, a `Prediction` is a frozen function from candidate
 tokens to probabilities, and the score of the target and the full distribution come from that one function. Every expert is
@@ -389,6 +389,90 @@ MIXERS = ("context", "hedge", "fixed_share")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Tilt: a log-linear correction at the tokens that came before
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Hints:
+    """What the history suggests at n positions: tokens [n, M] with features [n, M, F]. Equal tokens of a row are one hint: the first of
+    them carries the sum of their features, `first` [n, M] marks it."""
+
+    def __init__(self, tokens: Tensor, known: Tensor, features: Tensor):
+        same = (tokens[:, :, None] == tokens[:, None, :]) & known[:, :, None] & known[:, None, :]
+        earlier = same & torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril(-1)
+        self.tokens, self.first = tokens, known & ~earlier.any(2)
+        self.features = same.to(features.dtype) @ features
+
+
+class Tilt:
+    """p'(w) = p(w) e^b(w) / Z: the most frequent successors h of the contexts that end here gain b(h) = weights . features, every other token
+    nothing, so that Z = 1 + sum over h of p(h) (e^b(h) - 1) is closed form (card A: one hint, one fixed b).
+
+    A hint's features: a constant for each context length, count and share (count / total) of the successor; and, for each length and count,
+    log(its frequency / p(h)), which makes the tilt a geometric mixture of both. The weights are learned online: the loss is convex in
+    them, and each block is followed by a Newton step: its gradient, over the curvature of all blocks so far. b is bounded.
+    """
+
+    COUNTS, SHARES = (2, 4), (0.3, 0.6, 0.95)
+    LIMIT = 8.0  # of b, nats
+    RIDGE = 8.0  # curvature of the prior that says all weights are 0
+
+    def __init__(self, history: NgramHistory, order: int, beta: float, device: torch.device):
+        """order: the one n-gram order that hints, 0 for all from 2 on. beta: fixed boost a hinting order, 0 to learn."""
+        longest = history.max_order - 1
+        self.history, self.fixed = history, beta > 0
+        self.lengths = torch.tensor([min(order - 1, longest)] if order else range(1, longest + 1), device=device, dtype=torch.int64)
+        counts, shares = len(self.COUNTS) + 1, len(self.SHARES) + 1
+        self.constants = len(self.lengths) * counts * shares
+        size = self.constants + len(self.lengths) * counts
+        self.weights = torch.zeros(size, dtype=torch.float64, device=device)
+        self.weights[: self.constants] = beta
+        self.curvature = self.RIDGE * torch.eye(size, dtype=torch.float64, device=device)
+        self.edges = torch.tensor(self.COUNTS, device=device), torch.tensor(self.SHARES, device=device)
+
+    def hints(self, nodes: Tensor, log_p: Tensor) -> Hints:
+        """Of contexts' nodes [n, K], for a distribution of log-probabilities [n, V]."""
+        nodes = nodes[:, self.lengths]
+        tokens, count = self.history.hint(nodes)
+        known = count > 0
+        total, types = torch.where(known[..., None], self.history.node_stats[nodes.clamp_min(0), :2], 1).unbind(-1)
+        at = torch.arange(len(self.lengths), device=nodes.device) * (len(self.COUNTS) + 1) + torch.bucketize(
+            count, self.edges[0], right=True
+        )
+        share = at * (len(self.SHARES) + 1) + torch.bucketize(count / total, self.edges[1], right=True)
+        ratio = torch.log(count.clamp_min(1) / (total + types)) - log_p.gather(1, tokens)
+        features = torch.zeros(*tokens.shape, len(self.weights), device=nodes.device)
+        features.scatter_(2, share[..., None], 1.0)
+        features.scatter_(2, at[..., None] + self.constants, ratio.clamp(-6, 6)[..., None])
+        return Hints(tokens, known, features)
+
+    def apply(self, log_p: Tensor, hints: Hints) -> Tensor:
+        """log p' [n, V]."""
+        boost = (hints.features @ self.weights.float()).clamp(-self.LIMIT, self.LIMIT) * hints.first
+        gained = (log_p.gather(1, hints.tokens).exp() * torch.expm1(boost)).sum(1, keepdim=True)
+        return log_p.scatter_add(1, hints.tokens, boost) - torch.log1p(gained)
+
+    def statistics(self, tilted: Tensor, hints: Hints, targets: Tensor) -> Tensor:
+        """Gradient [F] and curvature [F, F] of the positions' log-likelihood, flattened: a sum over positions."""
+        q = tilted.gather(1, hints.tokens).double().exp() * hints.first
+        hit = hints.first & (hints.tokens == targets[:, None])
+        features = hints.features.double()
+        mean = torch.einsum("nm,nmf->nf", q, features)
+        gradient = torch.einsum("nm,nmf->f", hit.double(), features) - mean.sum(0)
+        weighted = (q[..., None] * features).flatten(0, 1)
+        return torch.cat((gradient, (weighted.T @ features.flatten(0, 1) - mean.T @ mean).flatten()))
+
+    def learn(self, statistics: Tensor) -> None:
+        """One Newton step on a scored block's statistics."""
+        if self.fixed:
+            return
+        gradient, curvature = statistics.split((len(self.weights), self.curvature.numel()))
+        self.curvature += curvature.view_as(self.curvature)
+        factor, _ = torch.linalg.cholesky_ex(self.curvature)  # positive definite: the ridge plus covariances
+        self.weights += torch.cholesky_solve(gradient[:, None], factor).squeeze(1).clamp(-0.5, 0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The mixture
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -396,13 +480,12 @@ TRANSFORMS = ("tilt", "temperature", "calibration")  # re-shape the neural distr
 MEMBERS = ("ngram", "cache", "unigram", "bigram", "trigram", "entropy")  # stand beside it in the mixture
 EXPERTS = TRANSFORMS + MEMBERS
 
-# What makes two positions alike to the mixer and the tilt.
+# What makes two positions alike to the mixer.
 ORDER_GROUPS = (0, 1, 2, 3, 4, 4, 5, 5, 5)  # by length of the longest context seen
 BIN_EDGES = {
     "count": (2, 4),  # times that context was seen
     "entropy": (0.02, 0.06, 0.12, 0.2, 0.3, 0.42),  # of the model, as a fraction of ln V
     "belief": (0.05, 0.3, 0.7),  # the model's probability of that context's most frequent successor
-    "hint": (2, 4, 8, 16),  # times the tilt's hint was seen
 }
 
 
@@ -421,8 +504,8 @@ class ExpertConfig:
     calibration_clamp: float = 2.0  # bias = clamp(ln(f_emp / f_pred), +-this)
     calibration_momentum: float = 0.999
     calibration_prior: float = 16.0  # pseudo-observations of each token that say f_emp = f_pred
-    tilt_beta: float = 0.0  # 0: learned online, per order and count of the hint
-    tilt_order: int = 2  # order of the hint's n-gram; 0: the longest that matched
+    tilt_beta: float = 0.0  # 0: learned online, by order, count and share of the hint
+    tilt_order: int = 2  # order of the hinting n-gram; 0: all of them
     min_count: int = 2  # a context seen less often is not "found" by the gated cache
     report: bool = True  # also mix each member with the neural distribution alone, to know what it gains
 
@@ -466,9 +549,7 @@ class ExpertMixture:
         self.pair_mixer = self._make_mixer(2, len(self.pairs)) if self.pairs else None
         self.order_groups = torch.tensor(ORDER_GROUPS, device=device)
         self.edges = {name: torch.tensor(edges, device=device) for name, edges in BIN_EDGES.items()}
-        self.tilt_bins = config.max_order * (len(BIN_EDGES["hint"]) + 1)
-        self.tilt_beta = torch.full((self.tilt_bins,), config.tilt_beta, dtype=torch.float64, device=device)
-        self.tilt_curvature = torch.full((self.tilt_bins,), 8.0, dtype=torch.float64, device=device)
+        self.tilt = Tilt(self.history, config.tilt_order, config.tilt_beta, self.device)
         self.empirical = torch.zeros(vocab_size, dtype=torch.float64, device=device)
         self.predicted = torch.zeros(vocab_size, dtype=torch.float64, device=device)
 
@@ -503,19 +584,20 @@ class ExpertMixture:
         return Prediction(self, logits, contexts, rows)
 
     @torch.no_grad()
-    def update(self, prediction: Prediction, targets: Tensor, record: Tensor, mass: Tensor) -> None:
+    def update(self, prediction: Prediction, targets: Tensor, record: Tensor, statistics: Tensor) -> None:
         """Learn from a scored block: its prediction (any rank's), targets [n], the whole block's `Prediction.record` [n, C] (float64)
-        and the sum over the block of the predicted probabilities [V]."""
+        and the sum over the block of `Prediction.statistics`."""
         if targets.numel() == 0:
             return
         columns = {name: record[:, i] for i, name in enumerate(self.series)}
-        bins, tilt_bin, hint_prob = record[:, -3].long(), record[:, -2].long(), record[:, -1]
+        bins = record[:, -1].long()
         self.mixer.update(torch.stack([columns[name] for name in self.members], 1)[None], bins)
         if self.pair_mixer:
             others = torch.stack([columns[name] for name in self.pairs])
             self.pair_mixer.update(torch.stack((columns["neural"].expand_as(others), others), 2), bins)
-        if "tilt" in self.transforms and not self.config.tilt_beta:
-            self._learn_tilt(prediction.block_nodes, targets, tilt_bin, hint_prob)
+        mass, tilted = statistics[: self.vocab_size], statistics[self.vocab_size :]
+        if "tilt" in self.transforms:
+            self.tilt.learn(tilted)
         if "calibration" in self.transforms:
             decay = self.config.calibration_momentum ** (targets.numel() / 64)  # the momentum is one of 64-token strides
             seen = torch.zeros_like(self.empirical).index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
@@ -524,27 +606,6 @@ class ExpertMixture:
         if self.config.names:
             self.history.update(prediction.block_contexts, targets, prediction.block_nodes)
         self.updates += 1
-
-    def _learn_tilt(self, nodes: Tensor, targets: Tensor, tilt_bin: Tensor, hint_prob: Tensor) -> None:
-        """One online Newton step on each bin's beta: d(nll)/d(beta) = p(h) - [target is h], curvature p(h)(1 - p(h)).
-
-        The hints are looked up before this block is counted, so they are those that were scored with.
-        """
-        hint, count = self._hint(nodes)[:2]
-        used = count > 0
-        gap = ((hint == targets).double() - hint_prob) * used
-        self.tilt_curvature.index_add_(0, tilt_bin, hint_prob * (1 - hint_prob) * used)
-        step = torch.zeros_like(self.tilt_beta).index_add_(0, tilt_bin, gap) / self.tilt_curvature
-        self.tilt_beta += step.clamp(-0.5, 0.5)
-
-    def _hint(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hinted token, its count (0: no hint) and its context length, each [n]."""
-        if self.config.tilt_order:
-            length = torch.full_like(nodes[:, 0], min(self.config.tilt_order, self.config.max_order) - 1)
-        else:
-            length = self.history.matched_order(nodes)
-        token, count = self.history.hint(nodes.gather(1, length[:, None]).squeeze(1))
-        return token, count, length
 
 
 class Prediction:
@@ -564,22 +625,16 @@ class Prediction:
         ladder = [log_p]
 
         self.entropy = entropy
-        hint, hint_count, hint_length = mixture._hint(self.nodes)
-        edges = mixture.edges["hint"]
-        self.tilt_bin = hint_length * (len(edges) + 1) + torch.bucketize(hint_count, edges, right=True)
         for name in mixture.transforms:
-            if name == "tilt":  # p'(w) = p(w) e^{beta [w = h]} / Z,  Z = 1 + p(h)(e^beta - 1)
-                beta = torch.where(hint_count > 0, mixture.tilt_beta[self.tilt_bin].float(), 0.0)
-                p_hint = ladder[-1].gather(1, hint[:, None]).squeeze(1).exp()
-                shifted = ladder[-1].scatter_add(1, hint[:, None], beta[:, None])
-                ladder.append(shifted - torch.log1p(p_hint * torch.expm1(beta))[:, None])
+            if name == "tilt":
+                self.hints = mixture.tilt.hints(self.nodes, log_p)
+                ladder.append(mixture.tilt.apply(log_p, self.hints))
             elif name == "temperature":  # sharper where the model is sure: T = 1 - s (1 - H / ln V)
                 t = 1 - config.temperature * (1 - entropy / math.log(mixture.vocab_size))
                 ladder.append((ladder[-1] / t[:, None]).log_softmax(-1))
             elif name == "calibration":
                 ladder.append((ladder[-1] + mixture.calibration_bias()).log_softmax(-1))
         self.ladder = ladder
-        self.hint_prob = ladder[1 if mixture.transforms[:1] == ("tilt",) else 0].gather(1, hint[:, None]).squeeze(1).exp()
         # The entropy expert: the neural distribution flattened towards uniform, the more the less sure it is.
         self.flatten = (entropy / math.log(mixture.vocab_size)).clamp(0, 1)[:, None]
         found = history.matched_order(self.nodes, config.min_count)
@@ -626,14 +681,18 @@ class Prediction:
         n = self.nodes[rows].size(0)
         return self.probs(torch.arange(self.mixture.vocab_size, device=self.nodes.device).expand(n, -1), rows)
 
-    def mass(self) -> Tensor:
-        """Sum over positions of the neural distribution that calibration corrects [V], float64."""
-        stage = -2 if "calibration" in self.mixture.transforms else -1
-        return self.ladder[stage].exp().sum(0, dtype=torch.float64)
+    def statistics(self, targets: Tensor) -> Tensor:
+        """What the transforms learn from, float64, summed over positions: the neural distribution that calibration corrects [V], then
+        `Tilt.statistics`."""
+        mixture = self.mixture
+        parts = [self.ladder[-2 if "calibration" in mixture.transforms else -1].exp().sum(0, dtype=torch.float64)]
+        if "tilt" in mixture.transforms:  # the first of the transforms
+            parts.append(mixture.tilt.statistics(self.ladder[1], self.hints, targets))
+        return torch.cat(parts)
 
     def record(self, targets: Tensor) -> Tensor:
         """What scoring the targets gave [n, C], float64: one column a name of `ExpertMixture.series` (log-probabilities), then
-        the context bin, the tilt bin and the probability of the tilt's hint. Everything `update` needs of this prediction."""
+        the context bin."""
         picked = targets[:, None]
         members = self.member_probs(picked).squeeze(1)
         final = (members * self.weights).sum(-1)
@@ -642,7 +701,7 @@ class Prediction:
             weights = self.mixture.pair_mixer.weights(self.bins)
             others = members[:, 1:].T
             logs += (weights[..., 0] * members[:, 0] + weights[..., 1] * others).log().unbind(0)
-        return torch.stack([*logs, self.bins, self.tilt_bin, self.hint_prob], dim=1).double()
+        return torch.stack([*logs, self.bins], dim=1).double()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -284,8 +284,8 @@ class Config:
     temperature_strength: float = _eval(0.15, "temperature = 1 - this * (1 - H / ln V)", low=0, high=0.99)
     calibration_clamp: float = _eval(2.0, "largest logit bias of the calibration, nats", low=0)
     calibration_momentum: float = _eval(0.999, "of its averages, per 64 tokens", low=0, high=1)
-    tilt_beta: float = _eval(0.0, "logit added to the n-gram's most frequent continuation; 0: learned online", low=0)
-    tilt_order: int = _eval(2, "order of that n-gram; 0: the longest context that was seen", low=0, high=16)
+    tilt_beta: float = _eval(0.0, "logit added to the most frequent successor of the context; 0: learned online", low=0)
+    tilt_order: int = _eval(2, "order of the n-gram that names it; 0: every order names one", low=0, high=16)
     invalid_cache: bool = _eval(False, "also report what the target-keyed cache formula, which is no probability, would claim")
     audit_tokens: int = _eval(0, "the audit's reruns stay within the first n tokens; 0: two chunks and a window", low=0)
     audit_places: int = _eval(6, "places where the audit changes tokens and runs again", low=1)
@@ -916,7 +916,7 @@ def attention(
         out = _flex_attention(q, k, v, window, documents, sink is not None)
     elif backend in ("fa2", "fa3", "fa4"):
         out = _flash_attention_package(q, k, v, window if masked else 0, backend)
-    elif backend == "cudnn":
+    elif backend == "cudnn" and not torch.are_deterministic_algorithms_enabled():  # its backward adds in no fixed order
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             out = _sdpa(q, k, v, is_causal=True)
     else:
@@ -973,7 +973,10 @@ def _flash_attention_package(q: Tensor, k: Tensor, v: Tensor, window: int, backe
     else:
         from flash_attn.cute import flash_attn_func
     unlimited = None if backend == "fa4" else -1
-    out = flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if window else unlimited, 0 if window else unlimited))
+    how = {"window_size": (window - 1 if window else unlimited, 0 if window else unlimited)}
+    if torch.are_deterministic_algorithms_enabled():
+        how["deterministic"] = True
+    out = flash_attn_func(q, k, v, causal=True, **how)
     return out[0] if isinstance(out, tuple) else out
 
 
