@@ -60,12 +60,12 @@ class KeyIndex:
 
     def lookup(self, keys: Tensor) -> Tensor:
         """Ids of `keys` (any shape, int64), -1 where a key is unknown. Negative keys are never known."""
-        found = torch.full_like(keys, -1)
+        found: Tensor | int = -1
         for run_keys, run_ids in self._runs:
             if run_keys.numel() > 1:
                 slot = torch.searchsorted(run_keys, keys)
                 found = torch.where(run_keys[slot] == keys, run_ids[slot], found)
-        return found
+        return found if isinstance(found, Tensor) else torch.full_like(keys, found)
 
     def insert(self, unique_keys: Tensor) -> Tensor:
         """Ids of sorted, distinct `unique_keys`, unknown ones inserted; -1 for negative keys and what no longer fits."""
@@ -637,9 +637,7 @@ class Prediction:
         self.ladder = ladder
         # The entropy expert: the neural distribution flattened towards uniform, the more the less sure it is.
         self.flatten = (entropy / math.log(mixture.vocab_size)).clamp(0, 1)[:, None]
-        found = history.matched_order(self.nodes, config.min_count)
-        self.alpha = order_adaptive_alpha(entropy, found + 1)[:, None]
-        self.bins = self._context_bins()
+        self.bins = self._context_bins() if config.mixer == "context" else torch.zeros_like(self.nodes[:, 0])
         self.weights = mixture.mixer.weights(self.bins)[0]
 
     def _context_bins(self) -> Tensor:
@@ -657,8 +655,11 @@ class Prediction:
     def member_probs(self, candidates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Every member's probabilities [n, m, E] of candidate tokens [n, m] at the (selected) positions."""
         mixture, config = self.mixture, self.mixture.config
-        neural, flatten, alpha = self.ladder[-1][rows].gather(1, candidates).exp(), self.flatten[rows], self.alpha[rows]
-        columns = {"neural": neural, "entropy": (1 - flatten) * neural + flatten / mixture.vocab_size}
+        neural = self.ladder[-1][rows].gather(1, candidates).exp()
+        columns = {"neural": neural}
+        if "entropy" in mixture.members:
+            flatten = self.flatten[rows]
+            columns["entropy"] = (1 - flatten) * neural + flatten / mixture.vocab_size
         if "model" in mixture.members:
             columns["model"] = self.ladder[0][rows].gather(1, candidates).exp()
         if mixture.updates != self.updates_before:
@@ -667,7 +668,10 @@ class Prediction:
             slices = mixture.history.probs(self.nodes[rows], candidates, config.smoothing)
             last = config.max_order - 1
             columns["ngram"] = slices[:, last]
-            columns["cache"] = (1 - alpha) * neural + alpha * slices[:, last]
+            if "cache" in mixture.members:
+                found = mixture.history.matched_order(self.nodes[rows], config.min_count)
+                alpha = order_adaptive_alpha(self.entropy[rows], found + 1)[:, None]
+                columns["cache"] = (1 - alpha) * neural + alpha * slices[:, last]
             for k, name in enumerate(("unigram", "bigram", "trigram")):
                 columns[name] = slices[:, min(k, last)]
         return torch.stack([columns[name] for name in mixture.members], dim=-1)

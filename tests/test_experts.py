@@ -366,13 +366,13 @@ def test_unknown_names_are_refused():
 )
 def test_cuda_gives_the_cpus_scores_at_200_000_tokens_a_second(names, mixer):
     """Card E's whole mixture and the one that gains most, at a vocabulary of 1024. Prints the rate; the issue's floor is asserted."""
-    vocab, block, blocks = 1024, 1024, 192
+    vocab, block, blocks = 1024, 2048, 96
     # Skewed noise: hardly a context of three tokens comes twice, which is the most that the tables can be made to hold.
     tokens = (torch.rand(block * blocks, generator=torch.Generator().manual_seed(11)) ** 3 * (vocab - 2)).long() + 2
     logits = torch.randn(block, vocab, generator=torch.Generator().manual_seed(1)) * 2
     config = ExpertConfig(names, mixer=mixer, tilt_order=0, report=False)
     scores = {}
-    for device, count in (("cpu", 24), ("cuda", 24), ("cuda", blocks - 1)):
+    for device, count in (("cpu", 12), ("cuda", 12), ("cuda", blocks - 1)):
         mixture, text, rows, began = ExpertMixture(config, vocab, device), tokens.to(device), logits.to(device), time.perf_counter()
         kept = []
         for start in range(0, count * block, block):
@@ -385,5 +385,5 @@ def test_cuda_gives_the_cpus_scores_at_200_000_tokens_a_second(names, mixer):
         scores[device, count] = torch.cat(kept).cpu()
         rate = count * block / (time.perf_counter() - began)
     print(f"\n{','.join(names)} on {torch.cuda.get_device_name()}: {rate:,.0f} tokens/s, {mixture.history.nbytes / 1e6:.0f} MB of tables")
-    assert torch.allclose(scores["cpu", 24], scores["cuda", 24], atol=1e-3)
+    assert torch.allclose(scores["cpu", 12], scores["cuda", 12], atol=1e-3)
     assert rate > 200_000
