@@ -1,10 +1,10 @@
 """Quantize a trained run, pack it to the byte, bundle it for submission.
 
     python quantize.py runs/<RUN_ID>                            # -> runs/<RUN_ID>/artifact.bin, quantize.json
-    python quantize.py runs/<RUN_ID> --compare                  # … and the size under every compressor
     TARGET_BYTES=16000000 python quantize.py runs/<RUN_ID>      # the smallest loss that fits, code included
     torchrun --standalone --nproc_per_node=8 quantize.py runs/<RUN_ID>
     python quantize.py table runs/<RUN_ID>                      # val_bpb and bytes of float, RTN, GPTQ, int5, mixed plans …
+    python quantize.py compare runs/<RUN_ID>/artifact.bin       # the same tensors under every compressor
     python quantize.py bundle runs/<RUN_ID> --out submission/   # a folder that can be handed in, and runs
 
 Every matrix is rounded by GPTQ under the full Hessian of its own inputs, on an SDClip grid whose width is a dial between
@@ -1145,29 +1145,22 @@ def role_table(roles: Mapping[str, dict]) -> list[str]:
     return lines
 
 
-def compare_compressors(records: list[Record], header: dict) -> dict[str, dict]:
-    """Compressor -> bytes of the symbols, of everything, and seconds to pack and to unpack the same records."""
+def compare_command(path: Path) -> dict[str, dict]:
+    """`python quantize.py compare`: bytes of the symbols and of everything, seconds to pack and to unpack an artifact under each compressor."""
+    header, records, _ = packing.read_artifact(path)
+    print(f"{'compressor':<12}{'symbols':>12}{'vs brotli':>11}{'artifact':>12}{'pack s':>9}{'unpack s':>10}")
     result = {}
     for name in packing.COMPRESSORS:
         began = time.perf_counter()
         data = packing.pack_artifact(header, records, name)
         packed = time.perf_counter()
         loaded, _ = packing.unpack_artifact(data)
+        unpacked = time.perf_counter()
         symbols = sum(stream["packed"] for stream in loaded["streams"] if stream["name"].startswith("codes"))
-        seconds = {"pack_seconds": packed - began, "unpack_seconds": time.perf_counter() - packed}
-        result[name] = {"symbols": symbols, "total": len(data), **seconds}
+        result[name] = {"symbols": symbols, "total": len(data), "pack_seconds": packed - began, "unpack_seconds": unpacked - packed}
+        change = f"{100 * (symbols / result['brotli']['symbols'] - 1):+.2f} %" if symbols else "-"
+        print(f"{name:<12}{symbols:>12,}{change:>11}{len(data):>12,}{packed - began:>9.2f}{unpacked - packed:>10.2f}", flush=True)
     return result
-
-
-def compare_lines(result: Mapping[str, dict]) -> list[str]:
-    base = result["brotli"]["symbols"]
-    lines = [f"{'compressor':<12}{'symbols':>12}{'vs brotli':>11}{'artifact':>12}{'pack s':>9}{'unpack s':>10}"]
-    for name, row in result.items():
-        change = f"{100 * (row['symbols'] / base - 1):+.2f} %" if base else "-"
-        lines.append(
-            f"{name:<12}{row['symbols']:>12,}{change:>11}{row['total']:>12,}{row['pack_seconds']:>9.2f}{row['unpack_seconds']:>10.2f}"
-        )
-    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1179,7 +1172,7 @@ def open_run(run_dir: Path) -> Config:
     return resolve_config(os.environ, base=config)
 
 
-def quantize_command(run_dir: Path, compare: bool, search_seconds: float) -> None:
+def quantize_command(run_dir: Path, search_seconds: float) -> None:
     """`python quantize.py runs/<RUN_ID>`: artifact.bin, evaluate.py and quantize.json in the run's folder."""
     cfg = open_run(run_dir)
     ctx = setup_distributed(cfg.device)
@@ -1193,13 +1186,13 @@ def quantize_command(run_dir: Path, compare: bool, search_seconds: float) -> Non
             ctx.log(f"hadamard: skipped, {reason}")
         quantizer.calibrate()
         if ctx.is_main:
-            write_quantized(quantizer, run_dir, compare, search_seconds)
+            write_quantized(quantizer, run_dir, search_seconds)
         ctx.barrier()  # nobody leaves before the artifact is there
     finally:
         ctx.close()
 
 
-def write_quantized(quantizer: Quantizer, run_dir: Path, compare: bool, search_seconds: float) -> dict:
+def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) -> dict:
     """Pack (searching, if TARGET_BYTES says so), write, report. -> what quantize.json holds."""
     cfg, ctx = quantizer.cfg, quantizer.ctx
     positions = cfg.gptq_calibration_batches * CALIBRATION_SEQUENCES * cfg.train_seq_len
@@ -1242,10 +1235,6 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, compare: bool, search_s
     }
     for line in role_table(roles):
         ctx.log(line)
-    if compare:
-        report["compressors"] = compare_compressors(packed.records, header)
-        for line in compare_lines(report["compressors"]):
-            ctx.log(line)
     if search:
         for line in search_lines(search):
             ctx.log(line)
@@ -1476,8 +1465,9 @@ def bundle_command(run_dir: Path, out: Path, author: str, github_id: str, name: 
     return submission
 
 
-USAGE = """quantize.py [-h] [--compare] [--search-seconds S] runs/<RUN_ID>
+USAGE = """quantize.py [-h] [--search-seconds S] runs/<RUN_ID>
        quantize.py table runs/<RUN_ID> [--variants a,b,...]
+       quantize.py compare runs/<RUN_ID>/artifact.bin
        quantize.py bundle runs/<RUN_ID> --out FOLDER [--author A] [--github-id G] [--name N] [--track T]"""
 
 
@@ -1489,24 +1479,25 @@ def main() -> int:
             raise UserError(f"{message} (see python quantize.py --help)")
 
     arguments = sys.argv[1:]
-    command = arguments.pop(0) if arguments and arguments[0] in ("table", "bundle") else "quantize"
+    command = arguments.pop(0) if arguments and arguments[0] in ("table", "compare", "bundle") else "quantize"
     parser = Parser(usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("run", type=Path, help="an artifact" if command == "compare" else "folder of a finished run")
     if command == "quantize":
-        parser.add_argument("--compare", action="store_true", help="also show the size under every compressor")
         parser.add_argument("--search-seconds", type=float, default=300.0, help="time limit of the TARGET_BYTES search")
     elif command == "table":
         parser.add_argument("--variants", default="", help=f"comma-separated choice of {', '.join(v.name for v in VARIANTS)}")
-    else:
+    elif command == "bundle":
         parser.add_argument("--out", type=Path, required=True, help="the submission's folder")
         for option in ("--author", "--github-id", "--name"):
             parser.add_argument(option, default="")
         parser.add_argument("--track", default="10min_16mb")
     options = parser.parse_args(arguments)
     if command == "quantize":
-        quantize_command(options.run, options.compare, options.search_seconds)
+        quantize_command(options.run, options.search_seconds)
     elif command == "table":
         table_command(options.run, [name for name in options.variants.split(",") if name])
+    elif command == "compare":
+        compare_command(options.run)
     else:
         bundle_command(options.run, options.out, options.author, options.github_id, options.name, options.track)
     return 0

@@ -486,7 +486,7 @@ def test_save_load_same_loss(world, clean, tmp_path, compressor):
     clean.setenv("COMPRESSOR", compressor)
     clean.setenv("HADAMARD_VO", "1")
     run = clone_run(world, tmp_path / "run")
-    Q.quantize_command(run, compare=True, search_seconds=10)
+    Q.quantize_command(run, search_seconds=10)
     report = json.loads((run / "quantize.json").read_text())
     assert sorted(path.name for path in run.iterdir()) == ["artifact.bin", "evaluate.py", "model.safetensors", "quantize.json"]
     assert report["bytes_model"] == (run / "artifact.bin").stat().st_size
@@ -495,6 +495,8 @@ def test_save_load_same_loss(world, clean, tmp_path, compressor):
     assert report["train_seconds_with_calibration"] == pytest.approx(10 + report["seconds"]["calibration"], abs=2e-3)
     artifact = Q.load_artifact(run / "artifact.bin")
     assert artifact.model.looping is True and artifact.bytes_model == report["bytes_model"]
+    sizes = Q.compare_command(run / "artifact.bin")
+    assert sizes[compressor]["total"] == artifact.bytes_model and all(row["total"] > 0 for row in sizes.values())
 
     cfg = artifact.cfg
     other = Q.Quantizer(run, cfg, RunContext())
@@ -510,7 +512,7 @@ def test_artifact_is_the_same_every_time(world, clean, tmp_path):
     images = []
     for name in "ab":
         run = clone_run(world, tmp_path / name)
-        Q.quantize_command(run, compare=False, search_seconds=10)
+        Q.quantize_command(run, search_seconds=10)
         header, payload = packing.read_header((run / "artifact.bin").read_bytes())
         images.append((header["tensors"], header["streams"], bytes(payload)))
     assert images[0] == images[1]
@@ -628,7 +630,7 @@ def test_faults_leave_nothing_half_written(world, clean, tmp_path):
         with clean.context() as context:
             context.setenv(name, value)
             with pytest.raises(UserError):
-                Q.quantize_command(run, compare=False, search_seconds=5)
+                Q.quantize_command(run, search_seconds=5)
         assert [path.name for path in run.iterdir()] == ["model.safetensors"], name
 
     def spoil(weights):
@@ -636,10 +638,10 @@ def test_faults_leave_nothing_half_written(world, clean, tmp_path):
 
     broken = save_run(tmp_path, "broken", Config(**HYBRID, **paths(world)), spoil)
     with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc\.weight is not finite"):
-        Q.quantize_command(broken, compare=False, search_seconds=5)
+        Q.quantize_command(broken, search_seconds=5)
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError):
-        Q.quantize_command(run, compare=False, search_seconds=5)
+        Q.quantize_command(run, search_seconds=5)
 
 
 # -- code and bundle ---------------------------------------------------------------------------------------------------
@@ -681,7 +683,7 @@ def test_code_script_is_deterministic_and_complete(tmp_path):
 def test_bundle_runs_on_its_own(world, clean, tmp_path):
     run = clone_run(world, tmp_path / "run")
     (run / "train.log").write_text("log\n")
-    Q.quantize_command(run, compare=False, search_seconds=5)
+    Q.quantize_command(run, search_seconds=5)
     with pytest.raises(UserError, match=r"eval\.json"):
         Q.bundle_command(run, tmp_path / "submission", "", "", "", "")
     settings = {"TTT_EPOCHS": "1", "TTT_CHUNK_TOKENS": "256", "EVAL_STRIDE": "16"}
