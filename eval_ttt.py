@@ -172,11 +172,12 @@ def repeatable_gradients(device: torch.device) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it
     torch.utils.deterministic.fill_uninitialized_memory = False
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 class TestTimeTrainer:
@@ -690,7 +691,7 @@ def print_report(result: dict, ctx: RunContext) -> None:
     row("+ TTT", result["ttt_bpb"], "score_first")
     row("+ experts", result["experts_bpb"], "score_first")
     for phase in ("model", "experts", "training"):
-        if phase in seconds:
+        if phase in seconds and (phase != "experts" or result["experts"]):
             lines.append(f"    {phase + ' alone':<31}{seconds[phase]:>10.1f}{rate[phase]:>12,.0f}")
     for name, gain in (result["experts"] or {}).items():
         lines.append(f"    {name:<22}{gain['bpb']:>9.4f}   {-gain['gain_bpb']:+.4f} bpb for the model with it")

@@ -464,8 +464,6 @@ class Tilt:
 
     def learn(self, statistics: Tensor) -> None:
         """One Newton step on a scored block's statistics."""
-        if self.fixed:
-            return
         gradient, curvature = statistics.split((len(self.weights), self.curvature.numel()))
         self.curvature += curvature.view_as(self.curvature)
         factor, _ = torch.linalg.cholesky_ex(self.curvature)  # positive definite: the ridge plus covariances
@@ -596,7 +594,7 @@ class ExpertMixture:
             others = torch.stack([columns[name] for name in self.pairs])
             self.pair_mixer.update(torch.stack((columns["neural"].expand_as(others), others), 2), bins)
         mass, tilted = statistics[: self.vocab_size], statistics[self.vocab_size :]
-        if "tilt" in self.transforms:
+        if len(tilted):
             self.tilt.learn(tilted)
         if "calibration" in self.transforms:
             decay = self.config.calibration_momentum ** (targets.numel() / 64)  # the momentum is one of 64-token strides
@@ -687,10 +685,10 @@ class Prediction:
 
     def statistics(self, targets: Tensor) -> Tensor:
         """What the transforms learn from, float64, summed over positions: the neural distribution that calibration corrects [V], then
-        `Tilt.statistics`."""
+        `Tilt.statistics` where a tilt learns."""
         mixture = self.mixture
         parts = [self.ladder[-2 if "calibration" in mixture.transforms else -1].exp().sum(0, dtype=torch.float64)]
-        if "tilt" in mixture.transforms:  # the first of the transforms
+        if "tilt" in mixture.transforms and not mixture.tilt.fixed:  # the first of the transforms
             parts.append(mixture.tilt.statistics(self.ladder[1], self.hints, targets))
         return torch.cat(parts)
 

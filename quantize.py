@@ -1402,7 +1402,7 @@ Evaluate, from any folder, with the packages of this track installed:
 
     DATA_PATH=<folder of fineweb_val_*.bin> TOKENIZER_PATH=<tokenizer>.model python {script}
 
-`{script}` is a zip archive that Python runs as it is; `unzip {script}` shows the stub, and its `code` entry holds the sources (JSON
+`{script}` is a zip archive that Python runs as it is; `unzip {script}` shows two entries: the starter, and `code` with the sources (JSON
 under LZMA). It reads `artifact.bin` beside it and writes `eval.json` there. Settings of the run are in the artifact; environment variables
 override the evaluation's. `submission.json` and the logs tell how the model was trained.
 """

@@ -868,6 +868,8 @@ def plan_attention(cfg: Config, device: torch.device, compiled: bool) -> Attenti
 def _serves(kind: str, cfg: Config) -> tuple[str, ...]:
     if cfg.document_mask:
         return ("flex", "plain")
+    if cfg.attn_sink and kind == "windowed":  # the sink lies outside the window: only kernels that take an arbitrary mask
+        return ("flex", "plain")
     return ("fa4", "fa3", "fa2", "flex", "plain") if kind == "windowed" else ("fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain")
 
 

@@ -160,3 +160,16 @@ def test_partial_rope_is_relative_and_leaves_the_rest():
     dots = torch.einsum("td,sd->ts", rotated[0, :, 0], rotated[0, :, 0])
     torch.testing.assert_close(dots[3, 1], dots[9, 7])
     assert (dots[3, 1] - dots[3, 2]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("forced", ["fa3", "fa2", "cudnn", "flash", "flex", "plain"])
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_forced_kernel_is_chosen_where_it_serves_and_nowhere_else(forced, sink, monkeypatch):
+    """On a GPU that offers every Hopper kernel. A windowed layer with a sink sees one key outside its window: no causal kernel computes that."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(T.importlib.util, "find_spec", lambda package: object())
+    cfg = T.resolve_config({"ATTN_SINK": str(int(sink)), "ATTENTION_BACKEND": forced})
+    plan = T.plan_attention(cfg, torch.device("cuda"), compiled=True)
+    assert plan.full == forced
+    masks = ("flex", "plain")
+    assert plan.windowed == (forced if forced in masks or (forced in ("fa3", "fa2") and not sink) else "flex" if sink else "fa3")
