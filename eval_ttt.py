@@ -33,10 +33,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import audit as auditing
-import packing
-from audit import Ledger, Trace
-from experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
+from parts import audit as auditing
+from parts import packing
+from parts.audit import Ledger, Trace
+from parts.experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
 from quantize import Artifact, code_bytes, load_artifact
 from train_gpt import (
     BOS_ID,

@@ -41,8 +41,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import packing
-from packing import Record
+from parts import packing
+from parts.packing import Record
 from train_gpt import (
     GPT,
     SIZE_LIMIT_BYTES,
@@ -1044,6 +1044,7 @@ def _drop_bits(coded: list[Unit], packed: Packed, dropped: dict[str, int], exces
 # The script is a zip archive behind a comment: Python runs such a file as it is, on any platform, under torchrun too, and the payload
 # stays raw LZMA (base85 in a string would add a quarter). It unpacks into a temporary folder, because compiled kernels need
 # source files that exist, and runs eval_ttt.py on the artifact beside it unless told otherwise.
+ROOT = Path(__file__).resolve().parent
 SCRIPT_NAME = "evaluate.py"
 _SCRIPT_HEAD = b"#!/usr/bin/env python3\n# Self-extracting: Python runs this zip archive as it is; `unzip` shows what is inside.\n"
 _SCRIPT_MAIN = """\
@@ -1052,6 +1053,7 @@ script = os.path.dirname(os.path.abspath(__file__))
 with tempfile.TemporaryDirectory() as folder:
     sources = json.loads(lzma.decompress(zipfile.ZipFile(script).read("code")))
     for name, text in {**sources, ".bundle": script}.items():
+        os.makedirs(os.path.join(folder, os.path.dirname(name)), exist_ok=True)
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
     sys.path.insert(0, folder)
@@ -1063,11 +1065,10 @@ with tempfile.TemporaryDirectory() as folder:
 
 def evaluation_modules() -> list[Path]:
     """The source files beside this one that evaluation imports, itself included, found by following import statements."""
-    root = Path(__file__).resolve().parent
-    entry = "eval_ttt" if (root / "eval_ttt.py").is_file() else "quantize"
-    found, queue = [], [entry]
+    found, queue = [], ["eval_ttt"]
     while queue:
-        path = root / f"{queue.pop(0)}.py"
+        module = ROOT.joinpath(*queue.pop(0).split("."))
+        path = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
         if path in found or not path.is_file():
             continue
         found.append(path)
@@ -1075,7 +1076,9 @@ def evaluation_modules() -> list[Path]:
             if isinstance(node, ast.Import):
                 queue += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                queue.append(node.module)
+                # `from parts import packing` may name a module, and always runs its package.
+                queue += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                queue += [str(parent).replace(os.sep, ".") for parent in Path(*node.module.split(".")).parents if parent.name]
     return found
 
 
@@ -1110,7 +1113,7 @@ def strip_source(text: str) -> str:
 def code_script() -> bytes:
     """The self-extracting evaluation script; the same bytes for the same sources. Made once a process."""
     modules = evaluation_modules()
-    sources = {path.name: strip_source(path.read_text(encoding="utf-8")) for path in sorted(modules)}
+    sources = {path.relative_to(ROOT).as_posix(): strip_source(path.read_text(encoding="utf-8")) for path in sorted(modules)}
     # lc=4: sources are text, whose next letter depends on the last one.
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     payload = lzma.compress(json.dumps(sources, ensure_ascii=False).encode(), format=lzma.FORMAT_ALONE, filters=filters)
@@ -1123,7 +1126,7 @@ def code_script() -> bytes:
 
 def code_bytes() -> int:
     """Size of the evaluation code as it would be submitted. From within a submission: the size of the script that is running."""
-    marker = Path(__file__).with_name(".bundle")
+    marker = ROOT / ".bundle"
     return Path(marker.read_text(encoding="utf-8")).stat().st_size if marker.is_file() else len(code_script())
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import audit
-from audit import FAIL, NOT_CHECKED, PASS, Ledger, Trace
+from parts import audit
+from parts.audit import FAIL, NOT_CHECKED, PASS, Ledger, Trace
 
 VOCAB, CHUNK, BOS = 13, 16, 1
 BYTES_A_TOKEN = 2

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import audit
 import eval_ttt
-from audit import FAIL, NOT_CHECKED, PASS
 from eval_ttt import Chunk, ScoreFirstEvaluator, chunk_lr, plan_chunks
+from parts import audit
+from parts.audit import FAIL, NOT_CHECKED, PASS
 from train_gpt import BOS_ID, ByteTable, Config, RunContext, UserError, build_model, evaluate, parameter_table
 
 VOCAB = 32

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
-from experts import (
+from parts.experts import (
     EXPERTS,
     MIXERS,
     ContextMixer,

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import packing
-from packing import Record
+from parts import packing
+from parts.packing import Record
 from train_gpt import UserError
 
 GENERAL = [name for name in packing.COMPRESSORS if name != "range"]

@@ -17,9 +17,9 @@ from conftest import clean_environment
 from test_train import SMALL_WIDTH
 
 import eval_ttt
-import packing
 import quantize as Q
 import train_gpt as T
+from parts import packing
 
 PRESETS = ["gdn_hybrid", "gdn3_fa8", "legal_ttt", "token_shift", "ngram_hedge", "base"]
 # Only sizes shrink. What a card is about (which layers, which method, which optimizer, how many bits and epochs) stays the preset's own.

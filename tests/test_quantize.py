@@ -16,9 +16,9 @@ import pytest
 import torch
 from test_packing import reseal
 
-import packing
 import quantize as Q
 import train_gpt
+from parts import packing
 from train_gpt import BOS_ID, Config, RunContext, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -666,14 +666,15 @@ class Only:
     exec(stripped, scope)
     exec(source, original)
     assert scope["f"](1) == original["f"](1)
-    once = Q.strip_source((ROOT / "packing.py").read_text())
-    assert Q.strip_source(once) == once and len(once) < 0.8 * (ROOT / "packing.py").stat().st_size
+    once = Q.strip_source((ROOT / "parts" / "packing.py").read_text())
+    assert Q.strip_source(once) == once and len(once) < 0.8 * (ROOT / "parts" / "packing.py").stat().st_size
 
 
 def test_code_script_is_deterministic_and_complete(tmp_path):
     assert Q.code_script() == Q.code_script() and Q.code_bytes() == len(Q.code_script())
-    names = {path.name for path in Q.evaluation_modules()}
-    assert {"train_gpt.py", "quantize.py", "packing.py"} <= names and not any(name.startswith("test_") for name in names)
+    names = {path.relative_to(ROOT).as_posix() for path in Q.evaluation_modules()}
+    assert {"train_gpt.py", "eval_ttt.py", "parts/__init__.py", "parts/packing.py", "parts/audit.py"} <= names
+    assert not any(name.startswith("tests/") for name in names)
     (tmp_path / "evaluate.py").write_bytes(Q.code_script())
     assert zipfile.ZipFile(tmp_path / "evaluate.py").namelist() == ["__main__.py", "code"]
     assert Q.code_bytes() < 120_000
