@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from train_gpt import SIZE_LIMIT_BYTES, UserError, atomic_write, cli, resolve_config
+from parts.files import UserError, atomic_write, cli
+from train_gpt import SIZE_LIMIT_BYTES, resolve_config
 
 ROOT = Path(__file__).resolve().parent
 

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.shards import load_manifest
 from parts import audit as auditing
 from parts import packing
 from parts.audit import Ledger, Trace
@@ -631,7 +632,7 @@ class AuditedRun:
         on_gpu = self.evaluator.ctx.device.type == "cuda"
         furthest = max(self.places, default=0)
         allowance = auditing.measure_noise(self.evaluator, tokens, trace, furthest, cfg.audit_tolerance) if on_gpu else auditing.Allowance()
-        tokenizer, manifest = load_tokenizer(cfg.tokenizer_path, vocab), auditing.load_manifest(data_path)
+        tokenizer, manifest = load_tokenizer(cfg.tokenizer_path, vocab), load_manifest(data_path)
         whole = not cfg.eval_tokens or not manifest or cfg.eval_tokens >= manifest["splits"]["val"]["tokens"]
         # EVAL_TOKENS may cut a character spelled in bytes: the piece of it that is there is counted, not decoded.
         cut = 0

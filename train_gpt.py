@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import hashlib
 import importlib.util
 import json
 import math
@@ -44,41 +43,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BOS_ID = 1  # starts every document in the published shards
+from data.shards import BOS_ID, ByteTable, check_vocabulary, list_shards, load_shard, load_tokenizer, tokenizer_hash, unread_files
+from parts.files import UserError, atomic_write, cli
+
 SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
-
-
-class UserError(Exception):
-    """A fault of input: shown as one line, exit code 2."""
-
-
-def cli(main: Callable[[], int | None]) -> None:
-    """Run a command's main(): a `UserError` becomes one clear line on stderr and exit code 2."""
-    try:
-        code = main()
-    except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        text = str(error) if isinstance(error, UserError) else f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-        code = 2
-    except KeyboardInterrupt:  # training handles the signal itself and saves; elsewhere nothing is half-written
-        print("error: interrupted", file=sys.stderr, flush=True)
-        code = 130
-    sys.exit(code or 0)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, on failure remove it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -609,49 +577,6 @@ _TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # torchrun's co
 # Data: published shard format, streamed in order
 # ----------------------------------------------------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-
-
-def list_shards(data_path: str | Path, split: str) -> list[Path]:
-    """The split's shards in order. split: 'train' or 'val'."""
-    folder = Path(data_path)
-    if not folder.is_dir():
-        raise UserError(f"DATA_PATH={data_path} is not a folder; build one with `python data/prepare.py` (see data/README.md)")
-    shards = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    if not shards:
-        raise UserError(f"{data_path} holds no fineweb_{split}_*.bin shard")
-    return shards
-
-
-def load_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
-    """Memory-map one shard's uint16 tokens, refusing a wrong header or length. `vocab_size` also checks every token."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
-    size = path.stat().st_size
-    header_bytes = SHARD_HEADER_INTS * 4
-    if size < header_bytes:
-        raise UserError(f"{path} is {size} bytes long: no room for a shard header")
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is not a token shard: magic {header[0]}, version {header[1]}")
-    tokens, expected = int(header[2]), header_bytes + 2 * int(header[2])
-    if size != expected:
-        fault = "truncated" if size < expected else "over-long"
-        raise UserError(f"{path} is {fault}: its header says {tokens} tokens = {expected} bytes, the file has {size}")
-    if tokens <= 0:
-        raise UserError(f"{path} holds no tokens")
-    data = np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(tokens,))
-    if vocab_size is not None:
-        check_vocabulary(data, vocab_size, path)
-    return data
-
-
-def check_vocabulary(tokens: np.ndarray, vocab_size: int, path: str | Path) -> None:
-    largest = int(tokens.max())
-    if largest >= vocab_size:
-        raise UserError(f"{path} holds token {largest}, beyond VOCAB_SIZE={vocab_size}: shards of another tokenizer?")
-
 
 def load_tokens(data_path: str | Path, split: str, vocab_size: int, limit: int = 0) -> Tensor:
     """A whole split (or its first `limit` tokens) as one int32 tensor on the CPU."""
@@ -712,78 +637,6 @@ class TokenStream:
 
     def advance(self, tokens: int) -> None:
         self.position += tokens
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Byte accounting: what turns nats per token into bits per byte
-# ----------------------------------------------------------------------------------------------------------------------
-
-SPACE = "\u2581"  # SentencePiece's stand-in for a space
-
-
-def load_tokenizer(path: str | Path, vocab_size: int | None = None):
-    """A SentencePieceProcessor; refuses a vocabulary of another size than the model's."""
-    from sentencepiece import SentencePieceProcessor
-
-    if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path} is not a file")
-    try:
-        tokenizer = SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # the library raises RuntimeError, OSError or TypeError by the kind of damage
-        raise UserError(f"{path} is not a SentencePiece model: {error}") from None
-    if vocab_size is not None and tokenizer.vocab_size() != vocab_size:
-        raise UserError(f"{path} has {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
-    return tokenizer
-
-
-def tokenizer_hash(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-@dataclass
-class ByteTable:
-    """UTF-8 bytes of raw text that each token stands for.
-
-    bytes(target | previous) = piece_bytes[target] + (leading_space[target] and the space is really in the text). A tokenizer with
-    a dummy prefix writes a space in front of every document that the text does not have; it follows a control token.
-    The leading space is counted here alone: counting it in the table and again outside is the classic error (+17 % bytes).
-    """
-
-    piece_bytes: Tensor  # int64 [V], without one leading space
-    leading_space: Tensor  # bool [V]
-    is_control: Tensor  # bool [V]: control, unknown and unused pieces
-    dummy_prefix: bool
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer) -> ByteTable:
-        size = tokenizer.vocab_size()
-        piece_bytes, leading = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
-        control = torch.zeros(size, dtype=torch.bool)
-        if tokenizer.id_to_piece(tokenizer.piece_to_id(SPACE)) != SPACE:
-            raise UserError("the tokenizer has no standalone '\u2581' piece: its bytes cannot be counted")
-        for token in range(size):
-            if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
-                control[token] = True
-            elif tokenizer.is_byte(token):
-                piece_bytes[token] = 1
-            else:
-                piece = tokenizer.id_to_piece(token)
-                leading[token] = piece.startswith(SPACE)
-                # A space inside a piece (a vocabulary that keeps runs of spaces) is one byte of text, not the three of U+2581.
-                piece_bytes[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
-        first = tokenizer.encode("a")[0]
-        return cls(piece_bytes, leading, control, dummy_prefix=tokenizer.id_to_piece(first).startswith(SPACE))
-
-    def to(self, device: torch.device) -> ByteTable:
-        return ByteTable(self.piece_bytes.to(device), self.leading_space.to(device), self.is_control.to(device), self.dummy_prefix)
-
-    def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        """Bytes of each target, int64, the shape of `target`."""
-        previous, target = previous.long(), target.long()
-        space = self.leading_space[target]
-        if self.dummy_prefix:
-            space = space & ~self.is_control[previous]
-        return self.piece_bytes[target] + space
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2369,7 +2222,7 @@ class Trainer:
     def __init__(self, cfg: Config, ctx: RunContext, folder: Path):
         self.cfg, self.ctx, self.folder = cfg, ctx, folder
         self.batch = plan_batch(cfg, ctx)
-        self.byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+        self.byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)).to("cpu")
         self.tokenizer_sha256 = tokenizer_hash(cfg.tokenizer_path)
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
         if not self.byte_table.count(self.val_tokens[:-1], self.val_tokens[1:]).sum():  # better found now than after the training
@@ -2659,6 +2512,8 @@ def banner(trainer: Trainer) -> None:
     )
     stream = trainer.state.stream
     ctx.log(f"data: {stream.total_tokens:,} training tokens in {len(stream.paths)} shards, {len(trainer.val_tokens):,} validation tokens")
+    if unread := unread_files(cfg.data_path):
+        ctx.log(f"warning: {cfg.data_path}: not named like shards, and not read: {', '.join(unread)}")
     ctx.metric(
         "start", run_id=cfg.run_id, world_size=ctx.world_size, device=device, torch=torch.__version__, parameters=count_params(model)
     )

@@ -50,18 +50,25 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: this file's folder alone is on the path
+from data.shards import (
+    BOS_ID,
+    MAX_VOCAB_SIZE,
+    SHARD_HEADER_BYTES,
+    SPACE,
+    SPLITS,
+    ByteTable,
+    load_shard,
+    parse_tokenizer,
+    shard_header,
+    shard_name,
+)
+from parts.files import UserError, atomic_write, cli, one_line, read_json, sha256_file, write_json
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The published shard format: 256 little-endian int32 (magic, version, tokens, zeros), then uint16 tokens.
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = HEADER_INTS * 4
-BOS_ID = 1
-
-SPLITS = ("train", "val")
 MANIFEST_FORMAT = 1
 # Part of every job's identity: raise it when a change here alters the output for the same input.
 ALGORITHM_VERSION = 1
@@ -73,12 +80,7 @@ MAX_RECORD_BYTES = 256 << 20  # a JSON line above this is not a document, and wo
 MAX_DOCUMENT_BYTES = 8 << 20  # a longer document is cut at a newline, so that one huge .txt needs no huge memory
 RANGE_BYTES = 64 << 20  # token bytes merged at a time
 
-METASPACE = "\u2581"  # SentencePiece writes a space as this character, so text that holds it cannot come back
 DATA_DIR = Path(__file__).resolve().parent
-
-
-class UserError(Exception):
-    """A fault of the input or the command line: one line on stderr, exit code 2."""
 
 
 class Interrupted(UserError):
@@ -88,48 +90,6 @@ class Interrupted(UserError):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
-    """Binary file that appears under `path` complete and synced, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps an orphaned worker of a killed build out of its successor's way.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict | None:
-    """The object in `path`, or None when there is no such file or it is not a JSON object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: io.BufferedReader) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def say(line: str) -> None:
@@ -409,15 +369,11 @@ def read_blocks(sources: Iterable[Source], text_key: str) -> Iterator[Block]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())
-
-
 def excluded(text: str) -> str | None:
     """Why a document cannot be part of a dataset, or None. Cheap, and stated in the README."""
     if not text:
         return "empty"
-    if METASPACE in text:
+    if SPACE in text:
         return "contains_u2581"
     return None
 
@@ -490,7 +446,6 @@ def block_documents(block: Block, text_key: str, val_limit: int, counters: Count
 # ----------------------------------------------------------------------------------------------------------------------
 
 MIN_VOCAB_SIZE = 3 + 1 + 256 + 1  # <unk> <s> </s>, newline, the bytes, "▁"
-MAX_VOCAB_SIZE = 1 << 16  # tokens are uint16
 MAX_SENTENCE = 1 << 16  # characters the trainer gets at a time; only word boundaries matter to it
 
 
@@ -516,43 +471,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, coverage: float) -> b
             sentence_iterator=sentences(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             unk_id=0, bos_id=BOS_ID, eos_id=2, pad_id=-1, user_defined_symbols=["\n"], byte_fallback=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, required_chars=METASPACE, character_coverage=coverage,
+            allow_whitespace_only_pieces=True, required_chars=SPACE, character_coverage=coverage,
             max_sentence_length=8 * MAX_SENTENCE, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
         message = re.sub(r"^.*?\)\] ?", "", one_line(error)) or "no text in its sample"
         raise UserError(f"cannot train a tokenizer of {vocab_size} pieces: {message}") from None
     return model.getvalue()
-
-
-def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
-    """Processor for a serialized model. Raises UserError when shards made with it would not be readable."""
-    processor = spm.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(model)
-    except (RuntimeError, OSError):
-        raise UserError(f"{name}: not a SentencePiece model") from None
-    if processor.vocab_size() > MAX_VOCAB_SIZE:
-        raise UserError(f"{name}: {processor.vocab_size()} pieces; shards hold 16-bit tokens, at most {MAX_VOCAB_SIZE}")
-    if processor.bos_id() != BOS_ID:
-        raise UserError(f"{name}: its BOS id is {processor.bos_id()}; shards mark documents with {BOS_ID}")
-    if processor.piece_to_id(METASPACE) == processor.unk_id():
-        raise UserError(f"{name}: no standalone '{METASPACE}' piece; bytes could not be counted")
-    return processor
-
-
-def piece_bytes(processor: spm.SentencePieceProcessor) -> np.ndarray:
-    """int64 [V]: UTF-8 bytes that each piece stands for inside a text; 0 for control, unknown and unused ones.
-
-    Every ▁ is a space, one byte, wherever it stands in the piece.
-    """
-    table = np.zeros(processor.vocab_size(), np.int64)
-    for i in range(processor.vocab_size()):
-        if processor.is_byte(i):
-            table[i] = 1
-        elif not (processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)):
-            table[i] = len(processor.id_to_piece(i).replace(METASPACE, " ").encode())
-    return table
 
 
 def model_facts(model: bytes) -> dict[str, int]:
@@ -604,7 +529,7 @@ class Encoder(dict):
         self._processor = processor
         facts = model_facts(model)
         pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size()) if not processor.is_control(i)]
-        apart = all(METASPACE not in p.lstrip(METASPACE) and ("\n" not in p or p == "\n") for p in pieces)
+        apart = all(SPACE not in p.lstrip(SPACE) and ("\n" not in p or p == "\n") for p in pieces)
         self.by_word = bool(facts["bpe"] and facts["identity"] and not facts["dummy_prefix"] and apart)
         self._words = re.compile(r" *[^ \n]+| +|\n").findall
 
@@ -697,8 +622,8 @@ def start_worker(setup: WorkerSetup, child: bool = True) -> None:
     """Per-process state. In a child also: leave Ctrl-C to the parent, and die with it."""
     _worker["setup"] = setup
     if setup.model:
-        processor = load_tokenizer(setup.model, "tokenizer")
-        _worker.update(processor=processor, table=piece_bytes(processor), encoder=Encoder(setup.model, processor))
+        processor = parse_tokenizer(setup.model, "tokenizer")
+        _worker.update(processor=processor, table=ByteTable.from_tokenizer(processor), encoder=Encoder(setup.model, processor))
     if child:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         parent = multiprocessing.parent_process()
@@ -747,7 +672,9 @@ def encode_block(block: Block) -> int:
     nbytes = np.array([d.nbytes for d in documents], np.uint32)
     if documents and not setup.lossy:
         starts = np.cumsum(ntok, dtype=np.int64) - ntok
-        wrong = np.flatnonzero(np.add.reduceat(table[np.frombuffer(b"".join(pieces), "<u2")], starts) != nbytes)
+        ids = np.frombuffer(b"".join(pieces), "<u2")
+        counted = np.concatenate([[0], table.count(ids[:-1], ids[1:])])  # every document begins with BOS, which stands for none
+        wrong = np.flatnonzero(np.add.reduceat(counted, starts) != nbytes)
         if len(wrong):
             raise UserError(f"{documents[wrong[0]].place}: the tokenizer changes this document's bytes; "
                             "take another tokenizer, or accept it with --allow-lossy")  # fmt: skip
@@ -789,7 +716,7 @@ class Part:
 
     @staticmethod
     def write(path: Path, head: dict, arrays: list[np.ndarray], pieces: list[bytes]) -> None:
-        with atomic_write(path) as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             file.write(json.dumps(head).encode() + b"\n")
             for (_, kind), array in zip(Part.FIELDS, arrays, strict=True):
                 file.write(array.astype(kind).tobytes())
@@ -842,12 +769,6 @@ def run_blocks(task, jobs: Iterable[tuple], setup: WorkerSetup, workers: int) ->
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def shard_header(tokens: int) -> bytes:
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
-    return header.tobytes()
-
-
 class ShardWriter:
     """Writes one split: shards of exactly `shard_tokens` (the last one shorter), and the document hashes beside them.
 
@@ -870,7 +791,7 @@ class ShardWriter:
         self._bar.update(len(tokens))
         while len(tokens):
             if self._file is None:
-                name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
+                name = shard_name(self.split, len(self.shards))
                 self._file = open(self.folder / name, "w+b")
                 self._file.write(shard_header(0))
             part = tokens[: self.shard_tokens - self._filled]
@@ -1025,7 +946,7 @@ def is_complete(out: Path, manifest: dict | None, identity: str | None) -> bool:
         for split in SPLITS:
             entry = manifest["splits"][split]
             for shard in entry["shards"]:
-                if (out / shard["file"]).stat().st_size != HEADER_BYTES + 2 * shard["tokens"]:
+                if (out / shard["file"]).stat().st_size != SHARD_HEADER_BYTES + 2 * shard["tokens"]:
                     return False
             if entry["document_hashes"] and not (out / entry["document_hashes"]["file"]).is_file():
                 return False
@@ -1142,9 +1063,9 @@ def scan(job: Job, work: Path) -> int | None:
     if train_one:
         started = time.perf_counter()
         model = train_tokenizer(sample.texts(), job.vocab_size, job.args.character_coverage)
-        load_tokenizer(model, "trained tokenizer")
-        with atomic_write(work / "tokenizer.model") as file:
-            file.write(model)
+        parse_tokenizer(model, "trained tokenizer")
+        with atomic_write(work / "tokenizer.model") as temporary:
+            temporary.write_bytes(model)
         say(f"tokenizer of {job.vocab_size} pieces trained on {sample.total / 1e6:.1f} MB "
             f"in {time.perf_counter() - started:.1f} s")  # fmt: skip
     write_json(work / "scan.json", {"bytes": nbytes})
@@ -1230,8 +1151,8 @@ def merge(job: Job, work: Path, parts: list[Part], model: bytes) -> dict:
 def publish(job: Job, work: Path, model: bytes) -> None:
     """Rename the finished files into place: the tokenizer, then the whole folder at once."""
     if job.tokenizer is None:
-        with atomic_write(job.tokenizer_path) as file:
-            file.write(model)
+        with atomic_write(job.tokenizer_path) as temporary:
+            temporary.write_bytes(model)
     old = work / "replaced"
     if job.out.exists():
         os.rename(job.out, old)
@@ -1312,20 +1233,6 @@ class MissingFile(UserError):
     """The repository answers, but has no such file."""
 
 
-def check_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """uint16 tokens of a shard. Raises UserError when it is not one, or not one of this vocabulary."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", HEADER_INTS)
-    if len(header) < HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path.name}: not a token shard (wrong magic or version)")
-    if size != HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(f"{path.name}: {size} bytes for {header[2]} tokens; short or over-long shard")
-    tokens = np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
-    if int(tokens.max(initial=0)) >= vocab_size:
-        raise UserError(f"{path.name}: token {tokens.max()} beyond the vocabulary of {vocab_size}")
-    return tokens
-
-
 def fetch(args: argparse.Namespace, out: Path, tokenizer_dir: Path, command: str) -> dict:
     """Download a published export (shards that are there already are kept) and write its manifest."""
     name = f"fineweb10B_{args.variant}"
@@ -1354,7 +1261,7 @@ def fetch(args: argparse.Namespace, out: Path, tokenizer_dir: Path, command: str
 
         model_path = tokenizer_dir / Path(model_name).name
         place(hub, f"{prefix}{model_name}", model_path, args.overwrite)
-        processor = load_tokenizer(model_path.read_bytes(), str(model_path))
+        processor = parse_tokenizer(model_path.read_bytes(), str(model_path))
         vocab_size = processor.vocab_size()
         splits = {}
         counts = {"val": available["val"], "train": wanted}
@@ -1362,9 +1269,9 @@ def fetch(args: argparse.Namespace, out: Path, tokenizer_dir: Path, command: str
             for split in reversed(SPLITS):
                 shards, count = [], TextCount(processor)
                 for index in range(counts[split]):
-                    path = out / f"fineweb_{split}_{index:06d}.bin"
+                    path = out / shard_name(split, index)
                     place(hub, f"{prefix}datasets/{name}/{path.name}", path, args.overwrite, vocab_size)
-                    tokens = check_shard(path, vocab_size)
+                    tokens = load_shard(path, vocab_size)
                     count.add(tokens)
                     shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
                     bar.update(1)
@@ -1430,7 +1337,7 @@ def place(hub: Hub, remote: str, path: Path, overwrite: bool, vocab_size: int = 
     local = hub.download(remote)
     if vocab_size:
         try:
-            check_shard(local, vocab_size)
+            load_shard(local, vocab_size)
         except UserError:
             local.unlink()
             raise
@@ -1438,30 +1345,25 @@ def place(hub: Hub, remote: str, path: Path, overwrite: bool, vocab_size: int = 
     try:
         os.replace(local, path)
     except OSError:  # tokenizers may lie on another file system
-        with atomic_write(path) as file:
-            file.write(local.read_bytes())
+        with atomic_write(path) as temporary:
+            shutil.copyfile(local, temporary)
 
 
 class TextCount:
-    """Documents, tokens and text bytes of consecutive shards of one split."""
+    """Documents, tokens and text bytes of consecutive shards of one split. The first token of all is no target: it counts no bytes."""
 
     def __init__(self, processor: spm.SentencePieceProcessor):
-        self._table = piece_bytes(processor)
-        leading = np.array([processor.id_to_piece(i).startswith(METASPACE) for i in range(len(self._table))])
-        # With a dummy prefix, the space in front of a document's first word is the tokenizer's, not the text's.
-        self._added = leading & bool(model_facts(processor.serialized_model_proto())["dummy_prefix"])
-        self._after_bos = False
+        self._table = ByteTable.from_tokenizer(processor)
+        self._last = np.zeros(0, np.uint16)
         self.documents = self.tokens = self.nbytes = 0
 
     def add(self, tokens: np.ndarray) -> None:
         for start in range(0, len(tokens), 1 << 24):
-            ids = np.asarray(tokens[start : start + (1 << 24)])
-            bos = ids == BOS_ID
-            first = np.concatenate([[self._after_bos], bos[:-1]])
-            self.documents += int(bos.sum())
-            self.tokens += len(ids)
-            self.nbytes += int(self._table[ids].sum()) - int((first & self._added[ids]).sum())
-            self._after_bos = bool(bos[-1])
+            ids = np.concatenate([self._last, tokens[start : start + (1 << 24)]])
+            self.documents += int((ids[len(self._last) :] == BOS_ID).sum())
+            self.tokens += len(ids) - len(self._last)
+            self.nbytes += int(self._table.count(ids[:-1], ids[1:]).sum())
+            self._last = ids[-1:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1584,7 +1486,9 @@ def make_job(args: argparse.Namespace, command: str) -> Job:
             model = Path(args.tokenizer).read_bytes()
         except OSError as error:
             raise UserError(f"{args.tokenizer}: {error.strerror}") from None
-        vocab_size = load_tokenizer(model, args.tokenizer).vocab_size()
+        processor = parse_tokenizer(model, args.tokenizer)
+        ByteTable.from_tokenizer(processor)  # refused before any work where bytes cannot be counted
+        vocab_size = processor.vocab_size()
         if args.vocab_size not in (None, vocab_size):
             raise UserError(f"{args.tokenizer} has {vocab_size} pieces, not --vocab-size {args.vocab_size}")
     stem = Path(args.inputs[0]).resolve().name.split(".")[0] if args.inputs else "stdlib"
@@ -1631,15 +1535,8 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for a fault of the input (one line on stderr), 130 after Ctrl-C."""
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        say(f"error: {one_line(error)}")
-        return 2
-    except OSError as error:  # permissions, a full disk
-        say(f"error: {error.filename or 'input/output'}: {error.strerror or one_line(error)}")
-        return 2
     except KeyboardInterrupt:
         say("interrupted; the same command continues")
         return 130
@@ -1647,4 +1544,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli(main)

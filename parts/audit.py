@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -320,16 +319,6 @@ def check_bytes(trace: Trace, raw_bytes: Mapping[str, int]) -> Check:
     figure = f"divided by {trace.bytes_scored:,} bytes; " + ", ".join(f"{how}: {count:,}" for how, count in raw_bytes.items())
     verdict = NOT_CHECKED if not raw_bytes else FAIL if wrong else PASS
     return Check("byte count", verdict, figure, "every token decoded, UTF-8 bytes counted without the byte table")
-
-
-def load_manifest(data_path: str | Path) -> dict | None:
-    """The manifest beside the shards, None where there is none (published exports keep theirs elsewhere, in another form)."""
-    try:
-        manifest = json.loads((Path(data_path) / "manifest.json").read_text())
-        counts = [manifest["splits"]["val"][key] for key in ("tokens", "raw_bytes")]
-        return manifest if all(isinstance(count, int) for count in counts) and isinstance(manifest["splits"]["train"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def check_disjoint(data_path: str | Path, manifest: Mapping | None, documents: Sequence[bytes] | None = None) -> Check:

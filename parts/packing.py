@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train_gpt import UserError, atomic_write
+from parts.files import UserError, atomic_write
 
 COMPRESSORS = ("brotli", "zstd", "lzma", "zlib", "range")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.shards import load_manifest
 from parts import audit
 from parts.audit import FAIL, NOT_CHECKED, PASS, Ledger, Trace
 
@@ -275,7 +276,7 @@ def manifest_of(folder, train: list[bytes], val: list[bytes]) -> dict:
         entry = {"file": f"{split}_documents.sha256", "sha256": hashlib.sha256(data).hexdigest()}
         splits[split] = {"raw_bytes": sum(map(len, documents)), "tokens": 1, "document_hashes": entry}
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "splits": splits}))
-    return audit.load_manifest(folder)
+    return load_manifest(folder)
 
 
 def test_documents_in_both_splits_are_found(tmp_path):
@@ -286,4 +287,4 @@ def test_documents_in_both_splits_are_found(tmp_path):
     assert audit.check_disjoint(tmp_path, clean, [b"c"]).verdict == FAIL  # not the file of the manifest
     assert audit.check_disjoint(tmp_path, manifest_of(tmp_path, [b"a", b"c"], [b"c"])).verdict == FAIL
     assert audit.check_disjoint(tmp_path, None).verdict == NOT_CHECKED
-    assert audit.load_manifest(tmp_path / "nowhere") is None
+    assert load_manifest(tmp_path / "nowhere") is None

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import train_gpt as T
+from data import shards
 
 
-def write_shard(path, tokens, magic=T.SHARD_MAGIC, version=T.SHARD_VERSION, claimed=None, tail=b""):
+def write_shard(path, tokens, magic=shards.SHARD_MAGIC, version=shards.SHARD_VERSION, claimed=None, tail=b""):
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens) if claimed is None else claimed
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes() + tail)
@@ -44,6 +45,20 @@ def test_missing_folders_and_splits(tmp_path):
         T.list_shards(tmp_path, "val")
 
 
+def test_only_exact_names_are_tokens(tmp_path):
+    """A byte sidecar has a shard's header and sorts before the shard; a copy set aside has its contents."""
+    for name in ("val_000000", "val_000001", "val_bytes_000000", "val_old", "val_1", "val_0000000", "val_000000.copy", "valid_000000"):
+        write_shard(tmp_path / f"fineweb_{name}.bin", [1, 2, 3])
+    assert [path.name for path in T.list_shards(tmp_path, "val")] == ["fineweb_val_000000.bin", "fineweb_val_000001.bin"]
+    assert [path.name for path in T.list_shards(tmp_path, "val_bytes")] == ["fineweb_val_bytes_000000.bin"]
+    assert len(T.load_tokens(tmp_path, "val", 512)) == 6
+    others = ["val_000000.copy", "val_0000000", "val_1", "val_old", "valid_000000"]
+    assert shards.unread_files(tmp_path) == [f"fineweb_{name}.bin" for name in others]
+    write_shard(tmp_path / "fineweb_train_7.bin", [1])
+    with pytest.raises(T.UserError, match=r"holds no fineweb_train_000000\.bin \(fineweb_train_7\.bin is not named like one\)"):
+        T.list_shards(tmp_path, "train")
+
+
 def test_stream_reads_on_over_shards_and_wraps(tmp_path):
     for index, (first, last) in enumerate([(0, 7), (7, 8), (8, 19)]):
         write_shard(tmp_path / f"fineweb_train_{index:06d}.bin", list(range(first, last)))
@@ -71,7 +86,7 @@ def test_stream_never_takes_validation(tmp_path):
 def test_byte_table_counts_the_raw_bytes_of_real_documents(dataset):
     """Table bytes == UTF-8 bytes of the decoded text, document by document."""
     tokenizer = T.load_tokenizer(dataset.tokenizer, 512)
-    table = T.ByteTable.from_tokenizer(tokenizer)
+    table = T.ByteTable.from_tokenizer(tokenizer).to("cpu")
     tokens = T.load_tokens(dataset.path, "val", 512)
     starts = [*(tokens == T.BOS_ID).nonzero().flatten().tolist(), len(tokens)]
     assert len(starts) > 2
@@ -86,7 +101,7 @@ def test_byte_table_on_awkward_text(dataset, text):
     tokenizer = T.load_tokenizer(dataset.tokenizer)
     ids = torch.tensor([T.BOS_ID, *tokenizer.encode(text)])
     assert tokenizer.decode(ids[1:].tolist()) == text
-    assert int(T.ByteTable.from_tokenizer(tokenizer).count(ids[:-1], ids[1:]).sum()) == len(text.encode())
+    assert int(T.ByteTable.from_tokenizer(tokenizer).to("cpu").count(ids[:-1], ids[1:]).sum()) == len(text.encode())
 
 
 class PublishedStyleTokenizer:

@@ -40,11 +40,9 @@ def stream(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def byte_table() -> ByteTable:
-    control = torch.zeros(VOCAB, dtype=torch.bool)
-    control[:2] = True
-    sizes = torch.arange(VOCAB) % 5 + 1
-    sizes[:2] = 0
-    return ByteTable(sizes, torch.zeros(VOCAB, dtype=torch.bool), control, dummy_prefix=False)
+    sizes = (torch.arange(VOCAB) % 5 + 1).repeat(2, 1)
+    sizes[:, :2] = 0
+    return ByteTable(sizes, (torch.arange(VOCAB) < 2).long())
 
 
 def evaluator(cfg: Config, ctx: RunContext | None = None) -> ScoreFirstEvaluator:

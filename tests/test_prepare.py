@@ -23,11 +23,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import prepare, shards
+from parts.files import UserError, cli
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
-
-import prepare  # noqa: E402
-
 VOCAB = 400
 
 
@@ -57,7 +56,9 @@ def prepare_ok(*arguments) -> None:
 def refused(capsys, *arguments) -> str:
     """The one line that a refused command leaves on stderr."""
     capsys.readouterr()
-    assert prepare.main([str(a) for a in arguments]) == 2
+    with pytest.raises(SystemExit) as exit:
+        cli(lambda: prepare.main([str(a) for a in arguments]))
+    assert exit.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -132,7 +133,7 @@ def test_tokenizer_gives_back_every_text(tokenizer):
 
 def test_standalone_space_piece_exists_even_without_spaces():
     model = prepare.train_tokenizer(["abcabcabd" * 20], 268, 1.0)
-    processor = prepare.load_tokenizer(model, "spaceless")
+    processor = shards.parse_tokenizer(model, "spaceless")
     assert processor.piece_to_id("▁") != processor.unk_id()
     assert processor.decode(processor.encode("a b  c")) == "a b  c"
 
@@ -141,20 +142,21 @@ def test_standalone_space_piece_exists_even_without_spaces():
 @given(text=st.text(st.one_of(st.sampled_from(" \n\tabehrt<>"), st.characters(exclude_characters="▁", exclude_categories=["Cs"]))))
 def test_word_by_word_encoding_is_the_tokenizers(tokenizer, text):
     model = tokenizer.read_bytes()
-    processor = prepare.load_tokenizer(model, "small")
+    processor = shards.parse_tokenizer(model, "small")
     encoder = prepare.Encoder(model, processor)
     assert encoder.by_word
     expected = processor.encode(text)
     assert np.frombuffer(encoder.encode(text), "<u2").tolist() == expected
     assert np.frombuffer(encoder.encode(text), "<u2").tolist() == expected  # now remembered
     assert processor.decode(expected) == text
-    assert int(prepare.piece_bytes(processor)[expected].sum()) == len(text.encode())
+    ids = np.array([1, *expected])
+    assert int(shards.ByteTable.from_tokenizer(processor).count(ids[:-1], ids[1:]).sum()) == len(text.encode())
 
 
 def test_encoder_forgets_without_changing_its_answers(tokenizer, monkeypatch):
     monkeypatch.setattr(prepare.Encoder, "LIMIT", 7)
     model = tokenizer.read_bytes()
-    processor = prepare.load_tokenizer(model, "small")
+    processor = shards.parse_tokenizer(model, "small")
     encoder = prepare.Encoder(model, processor)
     for text in DOCUMENTS[:20]:
         assert np.frombuffer(encoder.encode(text), "<u2").tolist() == processor.encode(text)
@@ -176,12 +178,12 @@ def test_tokenizers_that_join_words_are_not_applied_word_by_word(tmp_path):
     for change in ({"split_by_whitespace": False}, {"add_dummy_prefix": True}, {"remove_extra_whitespaces": True},
                    {"normalization_rule_name": "nmt_nfkc"}):  # fmt: skip
         model = train_variant(tmp_path, **{**plain, **change}).read_bytes()
-        processor = prepare.load_tokenizer(model, "variant")
+        processor = shards.parse_tokenizer(model, "variant")
         encoder = prepare.Encoder(model, processor)
         assert not encoder.by_word, change
         assert np.frombuffer(encoder.encode("tea  is hot"), "<u2").tolist() == processor.encode("tea  is hot")
     model = train_variant(tmp_path, **plain).read_bytes()
-    assert prepare.Encoder(model, prepare.load_tokenizer(model, "plain")).by_word
+    assert prepare.Encoder(model, shards.parse_tokenizer(model, "plain")).by_word
 
 
 def test_sample_is_bounded_and_free_of_order():
@@ -469,7 +471,7 @@ def test_embedded_corpus_is_the_default_and_a_second_run_does_nothing(here, caps
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import prepare
+from data import prepare
 prepare.BLOCK_BYTES, prepare.READ_BYTES = 10_000, 1_000
 run_blocks, fatal, name = prepare.run_blocks, int(sys.argv[2]), sys.argv[3]
 def deadly(task, *rest):
@@ -496,7 +498,7 @@ def test_a_killed_build_continues_and_ends_the_same(here, monkeypatch, capsys, t
     (here / "set.model").unlink()
 
     (here / "killed.py").write_text(KILLED)
-    arguments = [sys.executable, "killed.py", str(ROOT / "data"), "4", task, *command, str(workers)]
+    arguments = [sys.executable, "killed.py", str(ROOT), "4", task, *command, str(workers)]
     # Reading its output to the end waits for orphaned workers too: they must not outlive the build.
     killed = subprocess.run(arguments, capture_output=True, timeout=60)
     assert killed.returncode == -9
@@ -609,7 +611,7 @@ def test_an_error_in_a_worker_process_is_still_one_line(here, tokenizer, capsys)
         (["in.jsonl", "--vocab-size", "some"], "--vocab-size: invalid int value"),
         (["in.jsonl", "--vocab-size", "9999"], "cannot train a tokenizer of 9999 pieces: Vocabulary size too high"),
         (["in.jsonl", "--tokenizer", "missing.model"], "missing.model: No such file"),
-        (["in.jsonl", "--tokenizer", "in.jsonl"], "in.jsonl: not a SentencePiece model"),
+        (["in.jsonl", "--tokenizer", "in.jsonl"], "in.jsonl is not a SentencePiece model"),
         (["in.jsonl", "--tokenizer", "small.model", "--vocab-size", "500"], "has 400 pieces, not --vocab-size 500"),
         (["in.jsonl", "--workers", "0"], "--workers: 0"),
         (["in.jsonl", "--shard-tokens", "0"], "--shard-tokens: 0"),
@@ -666,9 +668,8 @@ def test_another_tokenizer_in_the_way(here, capsys):
     write_jsonl(here / "in.jsonl", DOCUMENTS)
     (here / "mine.model").write_bytes(b"mine")
     command = ("in.jsonl", "--vocab-size", VOCAB, "--tokenizer-out", "mine.model", "--out", "set", "--val-fraction", 0.2, "--workers", 1)
-    capsys.readouterr()
-    assert prepare.main([str(c) for c in command]) == 2
-    assert "mine.model: another tokenizer stands here" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"mine\.model: another tokenizer stands here"):
+        prepare_ok(*command)
     assert (here / "mine.model").read_bytes() == b"mine" and not (here / "set").exists()
     prepare_ok(*command, "--overwrite")
     assert len(split_texts(here / "set", here / "mine.model", "train")) > 100
@@ -679,10 +680,8 @@ def test_the_command_itself(here):
     script = str(ROOT / "data/prepare.py")
     result = subprocess.run([sys.executable, script, "missing.jsonl"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "error: missing.jsonl: no such file or folder\n")
-    probe = "import sys, prepare; prepare.parse_arguments([]); print('torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "data")}
-    )
+    probe = "import sys; from data import prepare; prepare.parse_arguments([]); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.stdout == "False\n"
 
 
@@ -835,9 +834,9 @@ def flip(data: bytes) -> bytes:
     [
         (lambda hub: hub.damaged.update({SHARD: flip(hub.files[SHARD])}), "arrived damaged"),
         (lambda hub: hub.files.pop(SHARD), "has no file datasets/datasets/fineweb10B_sp400/fineweb_train_000001.bin"),
-        (lambda hub: hub.files.update({SHARD: b"x" * 3000}), "fineweb_train_000001.bin: not a token shard"),
-        (lambda hub: hub.files.update({SHARD: hub.files[SHARD][:-2]}), "short or over-long shard"),
-        (lambda hub: hub.files.update({SHARD: hub.files[SHARD][:-2] + b"\xff\xff"}), "token 65535 beyond the vocabulary of 400"),
+        (lambda hub: hub.files.update({SHARD: b"x" * 3000}), "fineweb_train_000001.bin is not a token shard"),
+        (lambda hub: hub.files.update({SHARD: hub.files[SHARD][:-2]}), "fineweb_train_000001.bin is truncated"),
+        (lambda hub: hub.files.update({SHARD: hub.files[SHARD][:-2] + b"\xff\xff"}), "token 65535, beyond VOCAB_SIZE=400"),
         (lambda hub: hub.files.pop("datasets/manifest.json"), "has no file manifest.json"),
         (lambda hub: hub.files.update({"datasets/manifest.json": b"{}"}), "not the layout of the published exports"),
         (lambda hub: hub.files.update({"datasets/manifest.json": b"<html>"}), "not the layout of the published exports"),
@@ -873,7 +872,7 @@ def test_more_shards_than_published_no_repository_and_no_server(hub, here, capsy
 def test_dummy_prefix_is_not_counted_as_text(tmp_path):
     """Published tokenizers put a space in front of each document that its text does not have."""
     path = train_variant(tmp_path, normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"])
-    processor = prepare.load_tokenizer(path.read_bytes(), "published")
+    processor = shards.parse_tokenizer(path.read_bytes(), "published")
     texts = [t for t in DOCUMENTS[:50] if not t.startswith(" ")]
     count = prepare.TextCount(processor)
     for text in texts:

@@ -1,0 +1,1 @@
+"""Text → tokenizer and token shards, and reading them back."""

@@ -1,0 +1,180 @@
+"""The published shard format and the byte rule: what training, evaluation, audit and the builder read the same way.
+
+A shard is 256 little-endian int32 (magic, version, tokens, zeros), then uint16 tokens; BOS stands before every document. A split is
+the shards `fineweb_<split>_000000.bin`, … of a folder, in order: a document may run on from one into the next.
+
+Needs numpy; sentencepiece and torch are imported where a tokenizer is loaded and a table is put on a device.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from parts.files import UserError, one_line, read_json, sha256_file
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+SPLITS = ("train", "val")
+BOS_ID = 1  # starts every document in the published shards
+MAX_VOCAB_SIZE = 1 << 16  # tokens are uint16
+SPACE = "\u2581"  # SentencePiece's stand-in for a space
+_SHARD_NAME = re.compile(r"fineweb_((?:train|val)(?:_bytes)?)_[0-9]{6}\.bin")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def shard_name(split: str, index: int) -> str:
+    return f"fineweb_{split}_{index:06d}.bin"
+
+
+def list_shards(data_path: str | Path, split: str) -> list[Path]:
+    """The split's shards in order. split: 'train' or 'val'; 'val_bytes' for the byte counts that some exports lay beside 'val'.
+
+    The name decides alone: `fineweb_val_bytes_000000.bin` has a shard's header too, and would pass for tokens.
+    """
+    folder = Path(data_path)
+    if not folder.is_dir():
+        raise UserError(f"DATA_PATH={data_path} is not a folder; build one with `python data/prepare.py` (see data/README.md)")
+    shards = sorted(path for path in folder.iterdir() if (name := _SHARD_NAME.fullmatch(path.name)) and name[1] == split)
+    if not shards:
+        others = ", ".join(name for name in unread_files(folder) if name.startswith(f"fineweb_{split}"))
+        hint = f" ({others} is not named like one)" if others else ""
+        raise UserError(f"{data_path} holds no {shard_name(split, 0)}{hint}")
+    return shards
+
+
+def unread_files(data_path: str | Path) -> list[str]:
+    """Names that begin like a shard's and are none (`fineweb_val_old.bin`): no command reads those files."""
+    return sorted(path.name for path in Path(data_path).glob("fineweb_*.bin") if not _SHARD_NAME.fullmatch(path.name))
+
+
+def shard_header(tokens: int) -> bytes:
+    header = np.zeros(SHARD_HEADER_INTS, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
+    return header.tobytes()
+
+
+def load_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
+    """Memory-map one shard's uint16 tokens, refusing a wrong header or length. `vocab_size` also checks every token."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    size = path.stat().st_size
+    if size < SHARD_HEADER_BYTES:
+        raise UserError(f"{path} is {size} bytes long: no room for a shard header")
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a token shard: magic {header[0]}, version {header[1]}")
+    tokens, expected = int(header[2]), SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        fault = "truncated" if size < expected else "over-long"
+        raise UserError(f"{path} is {fault}: its header says {tokens} tokens = {expected} bytes, the file has {size}")
+    if tokens <= 0:
+        raise UserError(f"{path} holds no tokens")
+    data = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
+    if vocab_size is not None:
+        check_vocabulary(data, vocab_size, path)
+    return data
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, path: str | Path) -> None:
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise UserError(f"{path} holds token {largest}, beyond VOCAB_SIZE={vocab_size}: shards of another tokenizer?")
+
+
+def load_manifest(data_path: str | Path) -> dict | None:
+    """The manifest beside the shards, None where there is none (published exports keep theirs elsewhere, in another form)."""
+    manifest = read_json(Path(data_path) / "manifest.json")
+    try:
+        counts = [manifest["splits"]["val"][key] for key in ("tokens", "raw_bytes")]
+        return manifest if all(isinstance(count, int) for count in counts) and isinstance(manifest["splits"]["train"], dict) else None
+    except (KeyError, TypeError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer and byte rule
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None):
+    """The SentencePieceProcessor in a file; refuses a vocabulary of another size than the model's."""
+    if not Path(path).is_file():
+        raise UserError(f"TOKENIZER_PATH={path} is not a file")
+    tokenizer = parse_tokenizer(Path(path).read_bytes(), str(path))
+    if vocab_size is not None and tokenizer.vocab_size() != vocab_size:
+        raise UserError(f"{path} has {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    return tokenizer
+
+
+def parse_tokenizer(model: bytes, name: str):
+    """The SentencePieceProcessor of a serialized model. Raises UserError naming it where shards could not be read or written with it."""
+    from sentencepiece import SentencePieceProcessor
+
+    tokenizer = SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(model)
+        tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))  # a damaged model may load and hold pieces that are no text
+    except Exception as error:  # RuntimeError, OSError, TypeError or UnicodeDecodeError, by the kind of damage
+        raise UserError(f"{name} is not a SentencePiece model: {one_line(error)}") from None
+    if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
+        raise UserError(f"{name} has {tokenizer.vocab_size()} pieces; shards hold 16-bit tokens, at most {MAX_VOCAB_SIZE}")
+    if tokenizer.bos_id() != BOS_ID:
+        raise UserError(f"{name}: its BOS id is {tokenizer.bos_id()}; shards mark documents with {BOS_ID}")
+    return tokenizer
+
+
+def tokenizer_hash(path: str | Path) -> str:
+    return sha256_file(path)
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """UTF-8 bytes of raw text that each token stands for: sizes[context[previous], target].
+
+    A tokenizer with a dummy prefix writes a space in front of every document that the text does not have, so a space that follows a
+    control token is not text there; anywhere else, and with any other tokenizer, each ▁ is one byte. What has no token before it is
+    no target and is not counted.
+
+    The arrays are numpy's, or torch's after `to`; `count` takes and gives the same kind.
+    """
+
+    sizes: np.ndarray  # int64 [2, V]: after text, after a control token
+    context: np.ndarray  # int64 [V]: 1 for control tokens
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer) -> ByteTable:
+        """Raises UserError for a tokenizer whose tokens do not tell the bytes."""
+        if tokenizer.id_to_piece(tokenizer.piece_to_id(SPACE)) != SPACE:
+            raise UserError(f"the tokenizer has no standalone '{SPACE}' piece: its bytes cannot be counted")
+        letter = "".join(tokenizer.id_to_piece(token) for token in tokenizer.encode("a"))  # "▁a" with a dummy prefix, "a▁" with a suffix
+        if len(letter) > 1 and letter.endswith(SPACE):
+            raise UserError("the tokenizer ends every text with a space (treat_whitespace_as_suffix): its bytes cannot be counted")
+        size = tokenizer.vocab_size()
+        sizes, context = np.zeros((2, size), np.int64), np.zeros(size, np.int64)
+        for token in range(size):
+            context[token] = tokenizer.is_control(token)
+            if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+                continue
+            piece = tokenizer.id_to_piece(token)
+            # A space inside a piece (a vocabulary that keeps runs of spaces) is one byte of text, not the three of U+2581.
+            sizes[:, token] = 1 if tokenizer.is_byte(token) else len(piece.replace(SPACE, " ").encode())
+            sizes[1, token] -= letter.startswith(SPACE) and piece.startswith(SPACE)
+        return cls(sizes, context)
+
+    def to(self, device) -> ByteTable:
+        """The same table as tensors on a torch device."""
+        import torch
+
+        return ByteTable(torch.as_tensor(self.sizes, device=device), torch.as_tensor(self.context, device=device))
+
+    def count(self, previous, target):
+        """Bytes of each target, int64, the shape of `target`."""
+        return self.sizes[self.context[previous], target]

@@ -1,0 +1,75 @@
+"""Files and faults: what every command needs of the system. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A fault of input: shown as one line, exit code 2."""
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def cli(main: Callable[[], int | None]) -> None:
+    """Run a command's main(), then exit: a `UserError` or `OSError` becomes one clear line on stderr and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding than UTF-8 (Latin-1, ASCII) has no "→", no terminal has a file name that is not text.
+        with contextlib.suppress(AttributeError):  # not a text stream of the system's: a caller replaced it
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+    except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+        text = str(error) if isinstance(error, UserError) else f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+        print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:  # training handles the signal itself and saves; elsewhere nothing is half-written
+        print("error: interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, on failure remove it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: str | Path) -> dict | None:
+    """The object in `path`, or None when there is no such file or it is not a JSON object."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
