@@ -21,6 +21,7 @@ Shapes in comments: B batch, T time, H heads, D head dim, C channels, V vocabula
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -779,6 +780,17 @@ def attention(
     return out if sink is None else out[:, 1:]
 
 
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of a few positions q [B,T,H,D] over whole caches [B,Hkv,S,D]; mask [1 or B, 1, T, S] says which slots count.
+
+    The query heads of a KV head become rows of one product, so that the caches are read once and never copied.
+    """
+    heads, kv_heads = q.size(2), keys.size(1)
+    grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,Hkv,G*T,D]
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask.repeat(1, 1, heads // kv_heads, 1))
+    return out.unflatten(2, (-1, q.size(1))).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def naive_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sink: Tensor | None = None, documents: Tensor | None = None
 ) -> Tensor:
@@ -924,6 +936,9 @@ def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, backend: str = "torch", keep_state: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule by the chosen backend; arguments as `naive_gated_delta_rule`. The state is returned if `keep_state`."""
+    if q.size(1) == 1:  # one step of a stream: the recurrence itself
+        out, final = naive_gated_delta_rule(q, k, v, g, beta, state)
+        return out.to(v.dtype), final if keep_state else None
     if backend == "torch":
         out, final = chunked_gated_delta_rule(q, k, v, g, beta, state)
         return out, final if keep_state else None
@@ -1063,19 +1078,42 @@ class Linear(nn.Module):
 
 
 class DecodeState:
-    """What a stream leaves behind: pass one object to consecutive forwards and they equal a single forward over the whole text.
+    """What streams leave behind: pass one object to consecutive forwards and they equal a single forward over the whole text.
 
-    Holds key/value caches (cut to the window where there is one), GDN states, and the last inputs of every shift and convolution.
+    Holds key/value caches (cut to the window where there is one), GDN states, and the last inputs of every shift and convolution. All of
+    it is allocated at the first forward and then written in place, and `position` lives on the device: a step of one token is the same
+    kernels on the same memory every time, which is what a CUDA graph can replay.
+
+    rows: streams side by side, all at the same position. capacity: the longest text in tokens. piece: the longest forward once the text
+    has begun; the one that begins it may have any length. `begun = False` starts over with another text in the same memory.
     """
 
-    def __init__(self):
-        self.position = 0
+    def __init__(self, rows: int, capacity: int, piece: int = 1, device: torch.device | str = "cpu"):
+        self.rows, self.capacity, self.piece = slice(0, rows), capacity, piece
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.slots: dict[tuple, Tensor] = {}
+        self.begun = False
+
+    def slot(self, key: tuple, like: Tensor) -> Tensor:
+        """This state's rows of the memory called `key`, made of `like`'s shape [rows, …] and type at its first use."""
+        if key not in self.slots:
+            self.slots[key] = like.new_zeros(self.rows.stop, *like.shape[1:])
+        return self.slots[key][self.rows]
+
+    def advance(self, length: int) -> None:
+        self.position.copy_(self.position * self.begun + length)
+        self.begun = True
+
+    def narrow(self, first: int, last: int) -> DecodeState:
+        """Rows first … last - 1 over the same memory, to be begun in parts where all rows at once would not fit. Needs every slot made."""
+        part = copy.copy(self)
+        part.rows = slice(first, last)
+        return part
 
     def clone(self) -> DecodeState:
-        copy = DecodeState()
-        copy.position, copy.slots = self.position, {key: value.clone() for key, value in self.slots.items()}
-        return copy
+        other = copy.copy(self)
+        other.position, other.slots = self.position.clone(), {key: value.clone() for key, value in self.slots.items()}
+        return other
 
 
 @dataclass
@@ -1085,19 +1123,23 @@ class ForwardContext:
     cos: Tensor  # [T, rope_dims/2]
     sin: Tensor
     continues: list[Tensor]  # bool [B,T] each: position t-1 (t-2, …) exists and is of the same document
-    documents: Tensor | None  # int [B, cached + T], only under DOCUMENT_MASK
+    documents: (
+        Tensor | None
+    )  # number of each position's document, int [B,T]; [B, capacity] in a text that goes on. Only under DOCUMENT_MASK
     plan: AttentionPlan
     gdn_backend: str
     state: DecodeState | None = None
+    goes_on: bool = False  # the state already holds a text, which this forward continues
     call: int = 0  # index of the layer call within the forward: recurrence calls a layer several times, each with its own state
     value_embedding: Tensor | None = None  # [B,T,Hkv*D]
+    masks: dict[tuple, Tensor] = field(default_factory=dict)  # of caches, by what decides them
 
     def recall(self, name: str) -> Tensor | None:
-        return None if self.state is None else self.state.slots.get((self.call, name))
+        return self.state.slots[self.call, name][self.state.rows] if self.goes_on else None
 
     def remember(self, name: str, value: Tensor) -> None:
         if self.state is not None:
-            self.state.slots[self.call, name] = value.detach()
+            self.state.slot((self.call, name), value).copy_(value.detach())
 
     def shifted(self, x: Tensor, count: int, name: str) -> list[Tensor]:
         """x [B,T,C] delayed by 1, …, count positions; zero where that position does not exist or is of another document."""
@@ -1106,6 +1148,40 @@ class ForwardContext:
         self.remember(name, padded[:, -count:])
         length = x.size(1)
         return [padded[:, count - n : count - n + length] * self.continues[n - 1][..., None].to(x.dtype) for n in range(1, count + 1)]
+
+    def cache(self, k: Tensor, v: Tensor, window: int, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Write k, v [B,T,Hkv,D] to this call's caches and return those [B,Hkv,S,D]: position p is in slot p mod (S without the sink's)."""
+        state, length = self.state, k.size(1)
+        size = min(state.capacity, window - 1 + state.piece) if window else state.capacity
+        kept = min(length, size)
+        slots = torch.arange(length - kept, length, device=k.device)
+        slots = (slots + state.position if self.goes_on else slots) % size
+        caches = []
+        for name, x in (("k", k), ("v", v)):
+            x = x.detach().transpose(1, 2)
+            memory = state.slot((self.call, name), x[:, :, :1].expand(-1, -1, size + (sink is not None), -1))
+            memory.index_copy_(2, slots, x[:, :, length - kept :])
+            caches.append(memory)
+        if sink is not None:  # the last slot; its value stays zero
+            caches[0][:, :, size] = sink.detach().to(k.dtype)
+        return caches[0], caches[1]
+
+    def cache_mask(self, length: int, window: int, size: int, sink: bool) -> Tensor:
+        """Boolean [1 or B, 1, T, S]: which slots of a cache the T positions just written may see. As `attention_mask`."""
+        key = (window, size)
+        if key not in self.masks:
+            ring, first = size - sink, self.state.position
+            last = first + length - 1
+            slot = torch.arange(ring, device=first.device)
+            held = last - (last - slot) % ring  # the latest position that a slot can hold
+            query = first + torch.arange(length, device=first.device)[:, None]
+            mask = ((held >= 0) & (held <= query))[None, None]
+            if window:
+                mask = mask & (query - held < window)
+            if self.documents is not None:
+                mask = mask & (self.documents[:, query[:, 0], None] == self.documents[:, held.clamp_min(0)][:, None])[:, None]
+            self.masks[key] = F.pad(mask, (0, int(sink)), value=True)
+        return self.masks[key]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1145,10 +1221,7 @@ class CausalAttention(nn.Module):
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         q = rotate(q, ctx.cos, ctx.sin) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(k, ctx.cos, ctx.sin)
-        keys, values = self._with_cache(k, v, ctx)
-        documents = None if ctx.documents is None else ctx.documents[:, -keys.size(1) :]
-        backend = ctx.plan.windowed if self.windowed else ctx.plan.full
-        o = attention(q, keys, values, window=self.window, sink=self.sink, documents=documents, backend=backend)
+        o = self._attend(q, k, v, ctx)
         if self.xsa:
             o = exclusive(o, v)
         if self.gate is not None:
@@ -1156,15 +1229,14 @@ class CausalAttention(nn.Module):
             o = o * gate[..., None]
         return self.proj(o.flatten(-2))
 
-    def _with_cache(self, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        if ctx.state is None:
-            return k, v
-        if (past := ctx.recall("k")) is not None:
-            k, v = torch.cat((past, k), 1), torch.cat((ctx.recall("v"), v), 1)
-        kept = self.window - 1 if self.window else k.size(1)
-        ctx.remember("k", k[:, max(0, k.size(1) - kept) :])
-        ctx.remember("v", v[:, max(0, v.size(1) - kept) :])
-        return k, v
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+        if ctx.state is not None:
+            keys, values = ctx.cache(k, v, self.window, self.sink)
+            if ctx.goes_on:
+                mask = ctx.cache_mask(q.size(1), self.window, keys.size(2), self.sink is not None)
+                return cached_attention(q, keys, values, mask)
+        backend = ctx.plan.windowed if self.windowed else ctx.plan.full
+        return attention(q, k, v, window=self.window, sink=self.sink, documents=ctx.documents, backend=backend)
 
 
 class SlidingWindowAttention(CausalAttention):
@@ -1431,25 +1503,27 @@ class GPT(nn.Module):
         """The forward's context, and the ids delayed by 1, 2, … for the n-gram tables."""
         cfg, (batch, length), back = self.cfg, ids.shape, self.lookback
         begins = ids == BOS_ID
-        if state is None or state.position == 0:
+        goes_on = state is not None and state.begun
+        if goes_on:
+            begins = torch.cat((state.slots["begins",][state.rows], begins), 1)
+            extended = torch.cat((state.slots["ids",][state.rows], ids), 1)
+        else:
             # Nothing precedes the first position, whatever its token; the padding in front counts as starts of other documents.
             begins = torch.cat((begins.new_ones(batch, back + 1), begins[:, 1:]), 1)
             extended = F.pad(ids, (back, 0), value=BOS_ID)
-            documents = None
-        else:
-            begins = torch.cat((state.slots["begins",], begins), 1)
-            extended = torch.cat((state.slots["ids",], ids), 1)
-            documents = state.slots.get(("documents",))
-        position = 0 if state is None else state.position
+        positions = torch.arange(length, device=ids.device)
+        positions = positions + state.position if goes_on else positions
+        documents = None
         if cfg.document_mask:
-            first = 0 if documents is None else documents[:, -1:]
-            current = first + begins[:, back:].int().cumsum(1)
-            documents = current if documents is None else torch.cat((documents, current), 1)
+            documents = begins[:, back:].int().cumsum(1, dtype=torch.int32)
+            if state is not None:
+                numbers = state.slot(("documents",), documents[:, :1].expand(-1, state.capacity))
+                documents = documents + numbers.index_select(1, state.position.view(1) - 1) if goes_on else documents
+                numbers.index_copy_(1, positions, documents)
+                documents = numbers if goes_on else documents
         if state is not None:
-            state.slots["begins",], state.slots["ids",] = begins[:, -back:], extended[:, -back:]
-            if documents is not None:
-                state.slots["documents",] = documents
-            state.position += length
+            for name, values in (("begins", begins), ("ids", extended)):
+                state.slot((name,), values[:, -back:]).copy_(values[:, -back:])
         continues, unbroken = [], torch.ones_like(ids, dtype=torch.bool)
         for n in range(back):
             unbroken = unbroken & ~begins[:, back - n : back - n + length]
@@ -1457,8 +1531,8 @@ class GPT(nn.Module):
         previous = [extended[:, back - n : back - n + length] for n in range(1, back + 1)]
         dims = cfg.rope_dims or cfg.head_dim
         frequency = cfg.rope_base ** (-torch.arange(0, dims, 2, device=ids.device, dtype=torch.float32) / dims)
-        angle = torch.arange(position, position + length, device=ids.device, dtype=torch.float32)[:, None] * frequency
-        ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, self.attention_plan, self.gdn_backend, state)
+        angle = positions.float()[:, None] * frequency
+        ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, self.attention_plan, self.gdn_backend, state, goes_on)
         return ctx, previous
 
     def forward(
@@ -1491,6 +1565,8 @@ class GPT(nn.Module):
         if self.value_embed is not None:
             ctx.value_embedding = self.value_embed(input_ids, dtype)
         x = self._run_layers(x, ctx)
+        if state is not None:
+            state.advance(input_ids.size(1))
         x = self.final_norm(x[:, -score_last:] if score_last else x)
         targets = target_ids[:, -score_last:] if score_last and target_ids is not None else target_ids
         return self.regions.head(x, self.tok_emb.weight, targets, self.cfg.logit_softcap, reduction)
