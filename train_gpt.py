@@ -112,6 +112,8 @@ class Config:
     xsa_layers: str = _model("", "attention layers with exclusive self-attention: all, or e.g. 7,10 or 2-9")
     attn_sink: bool = _model(False, "one learned sink key per KV head, zero value, in full-attention layers")
     attn_gate_width: int = _model(0, "per-head output gate from the first n input dims; 0: off", low=0)
+    attn_gate_scale: float = _model(1.0, "s in the gate ATTN_GATE_MAX * sigmoid(s * W n)", low=0)
+    attn_gate_max: float = _model(2.0, "see ATTN_GATE_SCALE; 2: the gate starts at 1, 1: at 1/2 (the sparse form)", low=1e-3)
     ve_layers: str = _model("", "attention layers that add the value embedding to v")
     ve_dim: int = _model(128, "width of the value-embedding table", low=1)
     attention_backend: str = _data("auto", "attention kernel", choices=("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain"))
@@ -132,9 +134,13 @@ class Config:
     bigram_dim: int = _model(128, "its width before the projection", low=1)
     trigram_hash: bool = _model(False, "also look trigrams up in that table")
     smear_gate: bool = _model(False, "learned blend with the previous token's embedding")
+    smear_form: str = _model(
+        "lerp", "lerp: per dim, after the first norm; lambda: one weight a token, before it", choices=("lerp", "lambda")
+    )
 
     # --- model: depth
     parallel_start: int = _model(-1, "first layer with parallel residuals (attention and MLP read the same input); -1: none", low=-1)
+    parallel_lanes: int = _model(1, "residual streams of the parallel layers; 2: attention and MLP read one each", low=1, high=2)
     unet_skips: bool = _model(False, "gated skips from the first half of the layers to the second")
     loop_start: int = _model(0, "first layer of the recurrent segment", low=0)
     loop_end: int = _model(0, "last layer of the recurrent segment", low=0)
@@ -147,6 +153,10 @@ class Config:
     iterations: int = _train(20000, "at most this many steps", low=1)
     gptq_reserve_seconds: float = _train(0.0, "part of the budget kept back for calibration", low=0)
     train_seq_len: int = _train(1024, "tokens a sequence", low=2)
+    train_seq_schedule: str = _train("", "shorter sequences first, length@fraction of the budget until which, e.g. 1024@0.1,2048@0.7")
+    train_seq_rewarmup_frac: float = _train(
+        0.0, "fraction of the budget over which the LR rises again after each change of length", low=0, high=1
+    )
     train_batch_tokens: int = _train(524288, "tokens a step, over all ranks", low=2)
     train_batch_tokens_per_gpu: int = _train(0, "tokens a step on each rank; overrides TRAIN_BATCH_TOKENS", low=0)
     micro_batch_tokens: int = _train(0, "tokens a forward on each rank; 0: as many as fit the default", low=0)
@@ -162,11 +172,16 @@ class Config:
     muon_momentum: float = _train(0.95, "final momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = _train(0.85, "momentum at the first step", low=0, high=0.9999)
     muon_momentum_warmup_frac: float = _train(0.1, "fraction of the budget over which it rises", low=0, high=1)
+    muon_momentum_cooldown_frac: float = _train(
+        0.0, "last fraction of the budget over which it falls back to where it began", low=0, high=1
+    )
     muon_backend_steps: int = _train(5, "Newton-Schulz iterations", low=1, high=20)
     muon_coefficients: str = _train("quintic", "Newton-Schulz tuples", choices=("quintic", "polar_express"))
     muon_row_norm: bool = _train(False, "MuonEq-R: normalize the rows before Newton-Schulz")
     muon_wd: float = _train(0.0, "decoupled weight decay of the matrices", low=0)
     muon_wd_mlp: float = _train(-1.0, "the same for MLP matrices; -1: MUON_WD", low=-1)
+    muon_wd_taper_start: float = _train(1.0, "fraction of the budget from which both fall linearly; 1: never", low=0, high=1)
+    muon_wd_taper_end: float = _train(0.5, "what is left of them at the end of the budget, as a fraction", low=0)
     embed_wd: float = _train(0.0, "weight decay of embedding tables", low=0)
     adam_wd: float = _train(0.0, "weight decay of the other AdamW parameters", low=0)
     beta1: float = _train(0.9, "AdamW", low=0, high=0.9999)
@@ -377,6 +392,13 @@ def _check_config(cfg: Config) -> None:
         layers = parse_layers(getattr(cfg, name), len(pattern), name.upper())
         if layers and getattr(cfg, name) != "all" and not any(issubclass(MIXERS[pattern[layer]], CausalAttention) for layer in layers):
             raise UserError(f"{name.upper()}={getattr(cfg, name)} names no attention layer of {pattern}")
+    if cfg.parallel_lanes == 2 and cfg.parallel_start < 0:
+        raise UserError("PARALLEL_LANES=2 needs PARALLEL_START, the layer where the lanes part")
+    if cfg.parallel_lanes == 2 and cfg.num_loops and cfg.loop_start < cfg.parallel_start <= cfg.loop_end:
+        raise UserError(
+            f"PARALLEL_LANES=2 from layer {cfg.parallel_start} on lies inside the recurrent segment {cfg.loop_start}-{cfg.loop_end}"
+        )
+    sequence_lengths(cfg)
     owner = layer_owners(cfg)
     for layer, first in enumerate(owner):
         if MIXERS[pattern[layer]] is not MIXERS[pattern[first]]:
@@ -1211,6 +1233,7 @@ class CausalAttention(nn.Module):
         self.ve_scale = nn.Parameter(torch.ones(())) if uses_ve else None
         self.sink = nn.Parameter(torch.zeros(self.kv_heads, self.head_dim)) if cfg.attn_sink and not self.windowed else None
         self.gate = nn.Parameter(torch.zeros(self.heads, cfg.attn_gate_width)) if cfg.attn_gate_width else None
+        self.gate_scale, self.gate_max = cfg.attn_gate_scale, cfg.attn_gate_max
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         q = rms_norm(self.c_q(x).unflatten(-1, (self.heads, self.head_dim)))
@@ -1225,8 +1248,8 @@ class CausalAttention(nn.Module):
         if self.xsa:
             o = exclusive(o, v)
         if self.gate is not None:
-            gate = 2 * torch.sigmoid(F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype)))
-            o = o * gate[..., None]
+            gate = torch.sigmoid(self.gate_scale * F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype)))
+            o = o * (self.gate_max * gate)[..., None]
         return self.proj(o.flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
@@ -1380,6 +1403,21 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, weight)
 
 
+class LambdaSmearGate(nn.Module):
+    """x_t + λ·σ(w·x_t[:12])·x_{t−1}, λ and w zero at first; a document's first token stays as it is. For the embedding before its norm."""
+
+    width = 12
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate, self.scale = nn.Parameter(torch.zeros(min(self.width, dim))), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        (previous,) = ctx.shifted(x, 1, "smear")
+        weight = torch.sigmoid(x[..., : self.gate.numel()] @ self.gate.to(x.dtype))
+        return x + (self.scale.to(x.dtype) * weight)[..., None] * previous
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Block and model
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1426,7 +1464,11 @@ def output_head(x: Tensor, weight: Tensor, targets: Tensor | None, cap: float, r
 
 
 class Block(nn.Module):
-    """x_in = m0·x + m1·x0, then x_in + a ⊙ Mixer(norm) and + b ⊙ MLP(norm), one after the other or both from x_in (parallel)."""
+    """x_in = m0·x + m1·x0, then x_in + a ⊙ Mixer(norm) and + b ⊙ MLP(norm), one after the other or both from x_in (parallel).
+
+    With two lanes the residual stream is a pair: the mixer reads m0·lane0 + m1·x0, the MLP lane1, and both write to both,
+    lane_i ← r_i·lane_i + p_0i·mixed + p_1i·hidden (from the challenge's public record; r = 1.1 and p = 1 at first).
+    """
 
     def __init__(self, cfg: Config, layer: int, mixer: nn.Module):
         super().__init__()
@@ -1435,10 +1477,19 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         self.mixer_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.parallel = 0 <= cfg.parallel_start <= layer
+        self.lanes = cfg.parallel_lanes if self.parallel else 1
+        if self.lanes == 2:
+            self.lane_keep, self.lane_write = nn.Parameter(torch.full((2,), 1.1)), nn.Parameter(torch.ones(2, 2))
 
     def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor) -> Tensor:
-        """x, x0 [B,T,C]. `scale` multiplies the norms; a tensor, so that layers of one kind share one compiled graph."""
+        """x, x0 [B,T,C]; x [2,B,T,C] with two lanes. `scale` multiplies the norms; a tensor, so that layers of one kind share one compiled
+        graph. Returns x's shape."""
         mix, a, b, scale = (p.to(x.dtype) for p in (self.resid_mix, self.mixer_scale, self.mlp_scale, scale))
+        if self.lanes == 2:
+            mixed = a * self.mixer(rms_norm(mix[0] * x[0] + mix[1] * x0) * scale, ctx)
+            hidden = b * self.mlp(rms_norm(x[1]) * scale)
+            keep, write = self.lane_keep.to(x.dtype), self.lane_write.to(x.dtype)
+            return torch.stack([keep[lane] * x[lane] + write[0, lane] * mixed + write[1, lane] * hidden for lane in range(2)])
         x_in = mix[0] * x + mix[1] * x0
         normed = rms_norm(x_in) * scale
         x = x_in + a * self.mixer(normed, ctx)
@@ -1467,7 +1518,7 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
         nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         self.bigram = HashEmbedding(cfg.bigram_vocab_size, cfg.bigram_dim, dim, cfg.trigram_hash) if cfg.bigram_vocab_size else None
-        self.smear = SmearGate(dim) if cfg.smear_gate else None
+        self.smear = {"lerp": SmearGate, "lambda": LambdaSmearGate}[cfg.smear_form](dim) if cfg.smear_gate else None
         ve_layers = parse_layers(cfg.ve_layers, layers, "VE_LAYERS")
         self.value_embed = ValueEmbedding(cfg.vocab_size, cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim) if ve_layers else None
         mixers: list[nn.Module] = []
@@ -1551,7 +1602,7 @@ class GPT(nn.Module):
         without targets: float32 logits [B,n,V], softcapped: their log_softmax is the model's distribution.
         `state` carries a stream over consecutive calls (positions, caches, recurrent states); it is updated in place.
         """
-        dtype = self.compute_dtype
+        cfg, dtype = self.cfg, self.compute_dtype
         ctx, previous = self._context(input_ids, state)
         ctx.call = -1  # the embedding side's own slots
         x = self.tok_emb(input_ids).to(dtype)
@@ -1559,8 +1610,10 @@ class GPT(nn.Module):
             x = x + self.bigram(input_ids, previous, ctx.continues, dtype)
         if self.eval_hash is not None:
             x = x + self.eval_hash(input_ids, previous, ctx.continues, dtype)
+        if self.smear is not None and cfg.smear_form == "lambda":
+            x = self.smear(x, ctx)
         x = rms_norm(x)
-        if self.smear is not None:
+        if self.smear is not None and cfg.smear_form == "lerp":
             x = self.smear(x, ctx)
         if self.value_embed is not None:
             ctx.value_embedding = self.value_embed(input_ids, dtype)
@@ -1575,18 +1628,21 @@ class GPT(nn.Module):
         cfg, x0 = self.cfg, x.view_as(x)  # another tensor object: "x is x0" would cost the first block a graph of its own
         order = self.layer_order(self.looping)
         looped = range(cfg.loop_start, cfg.loop_end + 1) if self.looping and cfg.num_loops else ()
-        half, kept = len(order) // 2, []
+        half, kept, lanes = len(order) // 2, [], 1
         for call, layer in enumerate(order):
             ctx.call = call
-            if cfg.unet_skips and call >= half and kept:
+            if self.blocks[layer].lanes > lanes:
+                x, lanes = torch.stack((x, x)), 2
+            if cfg.unet_skips and call >= half and kept:  # skips come from and go into the first lane
                 index = call - half
                 weight, gate = self.skip_weights[index].to(x.dtype), torch.sigmoid(self.skip_gates[index]).to(x.dtype)
-                x = torch.lerp(weight * kept.pop(), x, gate)
+                skipped = torch.lerp(weight * kept.pop(), x[0] if lanes == 2 else x, gate)
+                x = torch.stack((skipped, x[1])) if lanes == 2 else skipped
             scale = self.norm_scales[layer] * (cfg.loop_ln_scale if layer in looped else 1.0)
             x = self.regions.block(self.blocks[layer], x, x0, ctx, scale)
             if cfg.unet_skips and call < half:
-                kept.append(x)
-        return x
+                kept.append(x[0] if lanes == 2 else x)
+        return x.mean(0) if lanes == 2 else x
 
 
 def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
@@ -1670,8 +1726,8 @@ PARAMETER_RULES = (
     (r"blocks\.\d+\.mixer\.w_[rkv]\.weight", "shift", "muon", "matrix_lr", "muon_wd"),
     (r"blocks\.\d+\.mixer\.(A_log|dt_bias)", "control", "adam", "scalar_lr", None),  # decaying these would set a time scale
     (r"blocks\.\d+\.mixer\.(q_gain|ve_scale|sink|gate|conv|mu_r|mu_k)", "control", "adam", "scalar_lr", "adam_wd"),
-    (r"blocks\.\d+\.(resid_mix|mixer_scale|mlp_scale)", "control", "adam", "scalar_lr", "adam_wd"),
-    (r"skip_(weights|gates)\.\d+|smear\.gate|(bigram|eval_hash)\.scale", "control", "adam", "scalar_lr", "adam_wd"),
+    (r"blocks\.\d+\.(resid_mix|mixer_scale|mlp_scale|lane_keep|lane_write)", "control", "adam", "scalar_lr", "adam_wd"),
+    (r"skip_(weights|gates)\.\d+|smear\.(gate|scale)|(bigram|eval_hash)\.scale", "control", "adam", "scalar_lr", "adam_wd"),
 )
 
 
@@ -1705,7 +1761,7 @@ class Muon:
         self.groups = [(specs, torch.zeros(len(specs), *specs[0].shape, device=ctx.device)) for specs in groups.values()]
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> None:
+    def step(self, lr_scale: float, momentum: float, wd_scale: float = 1.0) -> None:
         cfg, world = self.cfg, self.ctx.world_size
         for specs, buffer in self.groups:
             grads = torch.stack([spec.param.grad for spec in specs])
@@ -1724,7 +1780,7 @@ class Muon:
             rows, columns = specs[0].shape
             lr = specs[0].lr * lr_scale
             params = [spec.param for spec in specs]
-            torch._foreach_mul_(params, 1 - lr * specs[0].weight_decay)
+            torch._foreach_mul_(params, 1 - lr * specs[0].weight_decay * wd_scale)
             torch._foreach_add_(params, list(update[: len(specs)].unbind()), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
     def buffers(self) -> dict[str, Tensor]:
@@ -1765,13 +1821,13 @@ class Optimizers:
                 delta = spec.param.abs().amax(dim=1, keepdim=True) / 15
                 spec.param.grad.add_(spec.param * delta.square(), alpha=self.cfg.crown_q_lambda / 6 / spec.param.numel())
 
-    def step(self, lr_scale: float, momentum: float) -> None:
+    def step(self, lr_scale: float, momentum: float, wd_scale: float = 1.0) -> None:
         params = [spec.param for spec in self.table]
         if self.cfg.crown_q_lambda and lr_scale < 1:
             self.add_crown_q()
         if self.cfg.grad_clip_norm:
             nn.utils.clip_grad_norm_(params, self.cfg.grad_clip_norm)
-        self.muon.step(lr_scale, momentum)
+        self.muon.step(lr_scale, momentum, wd_scale)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
@@ -1806,14 +1862,56 @@ class Optimizers:
 
 
 def lr_scale(cfg: Config, progress: float) -> float:
-    """Constant, then linear over the last WARMDOWN_FRAC of the budget down to MIN_LR."""
-    if not cfg.warmdown_frac:
-        return 1.0
-    return min(1.0, max(cfg.min_lr, (1 - progress) / cfg.warmdown_frac))
+    """Constant, then linear over the last WARMDOWN_FRAC of the budget down to MIN_LR; after a change of sequence length it rises anew."""
+    changes = [until for _, until in sequence_lengths(cfg)[:-1] if until <= progress]
+    if not (changes and cfg.train_seq_rewarmup_frac):
+        return warmdown(cfg, progress)
+    return warmdown(cfg, progress) * min(1.0, (progress - changes[-1]) / cfg.train_seq_rewarmup_frac)
+
+
+def warmdown(cfg: Config, progress: float) -> float:
+    return min(1.0, max(cfg.min_lr, (1 - progress) / cfg.warmdown_frac)) if cfg.warmdown_frac else 1.0
+
+
+def sequence_lengths(cfg: Config) -> list[tuple[int, float]]:
+    """(tokens a sequence, fraction of the budget until which) of TRAIN_SEQ_SCHEDULE in order; TRAIN_SEQ_LEN until the end comes last."""
+    stages: list[tuple[int, float]] = []
+    for part in filter(None, cfg.train_seq_schedule.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d+)@(\d*\.?\d+)", part)
+        if not match or int(match[1]) < 2 or not (stages[-1][1] if stages else 0) < float(match[2]) <= 1:
+            raise UserError(
+                f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule} is not a list such as 1024@0.1,2048@0.7 with rising fractions up to 1"
+            )
+        stages.append((int(match[1]), float(match[2])))
+    if stages and stages[-1][1] == 1:
+        if stages[-1][0] != cfg.train_seq_len:
+            raise UserError(f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule} ends with another length than TRAIN_SEQ_LEN={cfg.train_seq_len}")
+        return stages
+    return [*stages, (cfg.train_seq_len, 1.0)]
+
+
+def sequence_length(cfg: Config, progress: float) -> int:
+    return next((length for length, until in sequence_lengths(cfg) if progress < until), cfg.train_seq_len)
+
+
+def training_graphs(cfg: Config) -> list[tuple[int, bool]]:
+    """(tokens a sequence, recurrence on) of every kind of step that a run takes, in order."""
+    edges = sorted({0.0, cfg.enable_looping_at, *(until for _, until in sequence_lengths(cfg)[:-1])})
+    graphs = [(sequence_length(cfg, edge), bool(cfg.num_loops and edge >= cfg.enable_looping_at)) for edge in edges if edge < 1]
+    return list(dict.fromkeys(graphs))
+
+
+def wd_scale(cfg: Config, progress: float) -> float:
+    """Of the matrices' weight decay: 1, from MUON_WD_TAPER_START on linear to MUON_WD_TAPER_END."""
+    fraction = (progress - cfg.muon_wd_taper_start) / (1 - cfg.muon_wd_taper_start) if cfg.muon_wd_taper_start < 1 else 0.0
+    return 1 + (cfg.muon_wd_taper_end - 1) * min(1.0, max(0.0, fraction))
 
 
 def muon_momentum(cfg: Config, progress: float) -> float:
+    """From MUON_MOMENTUM_WARMUP_START up to MUON_MOMENTUM and, where there is a cooldown, back down at the end, linearly both times."""
     fraction = min(1.0, progress / cfg.muon_momentum_warmup_frac) if cfg.muon_momentum_warmup_frac else 1.0
+    if cfg.muon_momentum_cooldown_frac:
+        fraction = min(fraction, max(0.0, (1 - progress) / cfg.muon_momentum_cooldown_frac))
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * fraction
 
 
@@ -1823,7 +1921,7 @@ def ema_decay(cfg: Config, advance: float) -> float:
 
 
 def qat_active(cfg: Config, progress: float) -> bool:
-    by_lr = cfg.late_qat_threshold > 0 and lr_scale(cfg, progress) < cfg.late_qat_threshold
+    by_lr = cfg.late_qat_threshold > 0 and warmdown(cfg, progress) < cfg.late_qat_threshold
     return by_lr or (cfg.qat_last_frac > 0 and progress >= 1 - cfg.qat_last_frac)
 
 
@@ -1860,23 +1958,30 @@ def length_warnings(cfg: Config, steps: float) -> list[str]:
 class BatchPlan:
     """How a step's sequences divide: over ranks, then over micro-batches."""
 
+    seq_len: int
     sequences: int  # a step, all ranks
     per_rank: int
     per_micro: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.seq_len
 
     @property
     def accumulation(self) -> int:
         return self.per_rank // self.per_micro
 
 
-def plan_batch(cfg: Config, ctx: RunContext) -> BatchPlan:
-    """Derive gradient accumulation; refuse sizes that do not divide, naming the nearest that would."""
-    per_gpu, seq, world = cfg.train_batch_tokens_per_gpu, cfg.train_seq_len, ctx.world_size
+def plan_batch(cfg: Config, ctx: RunContext, seq_len: int = 0) -> BatchPlan:
+    """Derive gradient accumulation for sequences of `seq_len` (0: TRAIN_SEQ_LEN); refuse sizes that do not divide, naming the nearest that would."""
+    per_gpu, seq, world = cfg.train_batch_tokens_per_gpu, seq_len or cfg.train_seq_len, ctx.world_size
     name = "TRAIN_BATCH_TOKENS_PER_GPU" if per_gpu else "TRAIN_BATCH_TOKENS"
     total, unit = (per_gpu, seq) if per_gpu else (cfg.train_batch_tokens, seq * world)
     if total % unit:
         near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
-        what = f"TRAIN_SEQ_LEN={seq}" + ("" if per_gpu else f" times {world} rank(s)")
+        what = (f"TRAIN_SEQ_LEN={seq}" if seq == cfg.train_seq_len else f"TRAIN_SEQ_SCHEDULE's {seq}") + (
+            "" if per_gpu else f" times {world} rank(s)"
+        )
         raise UserError(f"{name}={total} is not a multiple of {what}; {' or '.join(map(str, near))} would be")
     per_rank = total // unit
     if cfg.micro_batch_tokens:
@@ -1890,7 +1995,7 @@ def plan_batch(cfg: Config, ctx: RunContext) -> BatchPlan:
     else:
         limit = 131072 if ctx.device.type == "cuda" else 16384  # tokens whose logits and activations fit comfortably
         per_micro = max(n for n in range(1, min(per_rank, max(1, limit // seq)) + 1) if per_rank % n == 0)
-    return BatchPlan(per_rank * world, per_rank, per_micro)
+    return BatchPlan(seq, per_rank * world, per_rank, per_micro)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2177,13 +2282,13 @@ def _env_text(value) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def flops_per_token(model: GPT) -> float:
+def flops_per_token(model: GPT, seq_len: int) -> float:
     """Forward and backward FLOPs a token (6 a weight in use, recurrence counted, plus attention's two products)."""
     cfg = model.cfg
     order = model.layer_order(model.looping)
     linear = sum(m.weight.numel() for layer in order for m in model.blocks[layer].modules() if isinstance(m, Linear))
     head = model.tok_emb.weight.numel()
-    full, window = cfg.model_dim * cfg.train_seq_len / 2, cfg.model_dim * min(cfg.window_size, cfg.train_seq_len / 2)
+    full, window = cfg.model_dim * seq_len / 2, cfg.model_dim * min(cfg.window_size, seq_len / 2)
     widths = {"A": full, "S": window, "G": cfg.gdn_v_heads * cfg.gdn_head_dim**2}
     mixing = sum(2 * 2 * widths.get(cfg.pattern[layer], 0) for layer in order)
     return 6.0 * (linear + head) + 3.0 * mixing
@@ -2224,7 +2329,10 @@ def describe(model: GPT, cfg: Config) -> list[str]:
             parts += [f"gain {cfg.qk_gain_init:g}"]
             parts += ["xsa"] * (layer in xsa) + ["value embedding"] * (layer in ve)
             parts += ["sink"] * (cfg.attn_sink and not mixer.windowed)
-            parts += [f"gate {cfg.attn_gate_width}"] if cfg.attn_gate_width else []
+            gate = f"gate {cfg.attn_gate_width}" + (
+                "" if cfg.attn_gate_max == 2 and cfg.attn_gate_scale == 1 else f" {cfg.attn_gate_max:g}·σ({cfg.attn_gate_scale:g}·)"
+            )
+            parts += [gate] if cfg.attn_gate_width else []
         elif mixer is GatedDeltaNet:
             parts = [
                 f"{cfg.gdn_qk_heads} q/k and {cfg.gdn_v_heads} v heads x {cfg.gdn_head_dim}",
@@ -2235,7 +2343,7 @@ def describe(model: GPT, cfg: Config) -> list[str]:
         else:
             parts = []
         parts += [f"weights of layer {owners[layer]}"] if owners[layer] != layer else []
-        parts += ["parallel"] if model.blocks[layer].parallel else []
+        parts += [("parallel", "two lanes")[model.blocks[layer].lanes - 1]] if model.blocks[layer].parallel else []
         lines.append(f"  {layer:>2} {letter} {mixer.title:<15} {', '.join(parts)}")
     lines.append(f"  MLP {cfg.mlp_mult:g}x {cfg.mlp_act}" + (", norm scale 1/sqrt(layer+1)" if cfg.ln_scale else ""))
     if cfg.bigram_vocab_size:
@@ -2243,7 +2351,7 @@ def describe(model: GPT, cfg: Config) -> list[str]:
             f"  hash embedding {cfg.bigram_vocab_size} x {cfg.bigram_dim}, bigrams" + (" and trigrams" if cfg.trigram_hash else "")
         )
     if cfg.smear_gate:
-        lines.append("  smear gate")
+        lines.append("  smear gate" + (" (lambda form, before the norm)" if cfg.smear_form == "lambda" else ""))
     if cfg.num_loops:
         order = " ".join(map(str, model.layer_order(True)))
         lines.append(f"  depth recurrence from {cfg.enable_looping_at:.0%} of the budget: {order}")
@@ -2297,16 +2405,18 @@ class Trainer:
 
     def __init__(self, cfg: Config, ctx: RunContext, folder: Path):
         self.cfg, self.ctx, self.folder = cfg, ctx, folder
-        self.batch = plan_batch(cfg, ctx)
+        self.batches = {length: plan_batch(cfg, ctx, length) for length, _ in sequence_lengths(cfg)}
+        self.batch = self.batches[sequence_length(cfg, 0.0)]
         self.byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)).to("cpu")
         self.tokenizer_sha256 = tokenizer_hash(cfg.tokenizer_path)
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
         if not self.byte_table.count(self.val_tokens[:-1], self.val_tokens[1:]).sum():  # better found now than after the training
             raise UserError(f"the {len(self.val_tokens)} validation tokens stand for no bytes of text: nothing to score")
         stream = TokenStream(cfg.data_path, cfg.vocab_size)
-        if self.batch.sequences * cfg.train_seq_len > stream.total_tokens:
-            step = self.batch.sequences * cfg.train_seq_len
-            raise UserError(f"a step takes {step:,} tokens, but the training shards hold {stream.total_tokens:,}: lower TRAIN_BATCH_TOKENS")
+        if self.batch.tokens > stream.total_tokens:
+            raise UserError(
+                f"a step takes {self.batch.tokens:,} tokens, but the training shards hold {stream.total_tokens:,}: lower TRAIN_BATCH_TOKENS"
+            )
         torch.manual_seed(cfg.seed)  # run-time draws (QAT noise); every rank the same
         model = build_model(cfg, ctx.device)
         ema = [param.detach().clone() for param in model.parameters()] if cfg.ema_decay else []
@@ -2320,23 +2430,26 @@ class Trainer:
 
     def run_step(self, progress: float) -> Tensor:
         """Forward, backward and update on the next TRAIN_BATCH_TOKENS; returns the mean loss (a tensor: reading it would wait)."""
-        state, batch, seq = self.state, self.batch, self.cfg.train_seq_len
+        state, batch = self.state, self.batch
         loss = torch.zeros((), device=self.ctx.device)
         for micro in range(batch.accumulation):
             first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
-            inputs, targets = state.stream.sequences(first, batch.per_micro, seq, self.ctx.device)
+            inputs, targets = state.stream.sequences(first, batch.per_micro, batch.seq_len, self.ctx.device)
             micro_loss = self.forward(inputs, targets) / batch.accumulation
             micro_loss.backward()
             loss += micro_loss.detach()
         state.optimizers.reduce_gradients(loss)
-        state.optimizers.step(lr_scale(self.cfg, progress), muon_momentum(self.cfg, progress))
-        state.stream.advance(batch.sequences * seq)
+        state.optimizers.step(lr_scale(self.cfg, progress), muon_momentum(self.cfg, progress), wd_scale(self.cfg, progress))
+        state.stream.advance(batch.tokens)
         state.step += 1
         return loss
 
     def set_phase(self, progress: float) -> None:
-        """Switch depth recurrence and QAT on when their time has come."""
+        """Switch sequence length, depth recurrence and QAT when their time has come."""
         model, cfg = self.state.model, self.cfg
+        if (length := sequence_length(cfg, progress)) != self.batch.seq_len:
+            self.batch = self.batches[length]
+            self.ctx.log(f"step:{self.state.step} {self.batch.sequences} sequences of {length} tokens a step")
         if cfg.num_loops and not model.looping and progress >= cfg.enable_looping_at:
             model.looping = True
             self.ctx.log(f"step:{self.state.step} depth recurrence on: layers {' '.join(map(str, model.layer_order(True)))}")
@@ -2352,15 +2465,15 @@ class Trainer:
             return
         began = time.perf_counter()
         kept = {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
-        place, looping = (state.step, state.elapsed, state.stream.position), state.model.looping
-        for graph in [False, True] if cfg.num_loops else [False]:
-            state.model.looping = graph
+        place, looping, batch = (state.step, state.elapsed, state.stream.position), state.model.looping, self.batch
+        for length, recurrent in training_graphs(cfg):
+            self.batch, state.model.looping = self.batches[length], recurrent
             for _ in range(cfg.warmup_steps):
                 self.run_step(0.0)
         state.optimizers.adam.state.clear()
         state.load(kept)
         state.step, state.elapsed, state.stream.position = place
-        state.model.looping = looping
+        state.model.looping, self.batch = looping, batch
         self.synchronize()
         if self.ctx.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -2430,7 +2543,7 @@ class Trainer:
             name = torch.cuda.get_device_name(self.ctx.device)
             peak = next((flops for chip, flops in PEAK_BF16_FLOPS.items() if chip in name), None)
             if peak:
-                values["mfu"] = flops_per_token(state.model) * tokens_per_second / self.ctx.world_size / peak
+                values["mfu"] = flops_per_token(state.model, self.batch.seq_len) * tokens_per_second / self.ctx.world_size / peak
                 line += f" mfu:{values['mfu']:.0%}"
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             line += f" mem:{values['peak_memory_gib']:.1f}G"
@@ -2452,7 +2565,7 @@ class Trainer:
 
     def _run(self, stop: StopSignal) -> int:
         cfg, ctx, state = self.cfg, self.ctx, self.state
-        tokens_a_step = self.batch.sequences * cfg.train_seq_len
+        tokens_a_step = self.batch.tokens  # the same for every sequence length
         spent, began = state.elapsed, time.perf_counter()
         paused = 0.0  # seconds of validation, which the budget does not count (it does count writing checkpoints)
         first_step = mark_step = state.step
@@ -2583,7 +2696,7 @@ def banner(trainer: Trainer) -> None:
     if "G" in cfg.pattern:
         ctx.log(f"gated delta rule: {model.gdn_backend}")
     ctx.log(
-        f"batch: {batch.sequences} x {cfg.train_seq_len} = {batch.sequences * cfg.train_seq_len:,} tokens a step, {batch.per_micro} sequences a "
+        f"batch: {batch.sequences} x {batch.seq_len} = {batch.tokens:,} tokens a step, {batch.per_micro} sequences a "
         f"micro-batch, {batch.accumulation} micro-batches on each of {ctx.world_size} ranks"
     )
     stream = trainer.state.stream

@@ -53,6 +53,13 @@ def test_the_word_none_empties_a_presets_list():
         ({"TRIGRAM_HASH": "1"}, "needs BIGRAM_VOCAB_SIZE"),
         ({"BIGRAM_VOCAB_SIZE": "1"}, "leaves no bucket"),
         ({"QAT_TARGETS": "("}, "not a regular expression"),
+        ({"PARALLEL_LANES": "2"}, "needs PARALLEL_START"),
+        (
+            {"PARALLEL_LANES": "2", "PARALLEL_START": "4", "NUM_LOOPS": "1", "LOOP_START": "3", "LOOP_END": "5"},
+            "inside the recurrent segment",
+        ),
+        ({"TRAIN_SEQ_SCHEDULE": "512@0.5,256@0.2"}, "rising fractions"),
+        ({"TRAIN_SEQ_SCHEDULE": "512@1"}, "ends with another length than TRAIN_SEQ_LEN=1024"),
         ({"GPTQ_RESERVE_SECONDS": "600"}, "leaves nothing"),
         ({"PRESET": "nope"}, "PRESET=nope"),
         ({"PRESET": "legal_ttt/nope"}, "no legal_ttt/nope.env"),
@@ -151,10 +158,27 @@ def test_accumulation_is_derived():
     assert T.plan_batch(cfg, T.RunContext(world_size=8)).sequences == 512
 
 
+def test_sequence_lengths_follow_the_budget():
+    cfg = T.resolve_config({"TRAIN_SEQ_SCHEDULE": "64@0.1,128@0.5", "TRAIN_SEQ_LEN": "256", "NUM_LOOPS": "1", "LOOP_END": "1"})
+    assert [T.sequence_length(cfg, p) for p in (0, 0.09, 0.1, 0.49, 0.5, 1)] == [64, 64, 128, 128, 256, 256]
+    assert T.training_graphs(cfg) == [(64, False), (128, False), (128, True), (256, True)]  # recurrence from 0.35 on
+    assert T.sequence_lengths(cfg.replace(train_seq_schedule="64@0.1,128@0.5,256@1")) == T.sequence_lengths(cfg)
+    assert T.training_graphs(T.resolve_config({})) == [(1024, False)]
+    risen = cfg.replace(train_seq_rewarmup_frac=0.02, warmdown_frac=0.0)
+    assert [T.lr_scale(risen, p) for p in (0, 0.05, 0.1, 0.12, 0.5, 0.9)] == pytest.approx([1, 1, 0, 1, 0, 1])
+    assert T.lr_scale(risen, 0.11) == pytest.approx(0.5)
+
+
 def test_schedules():
     cfg = T.resolve_config({"WARMDOWN_FRAC": "0.5", "MIN_LR": "0.1", "MUON_MOMENTUM_WARMUP_FRAC": "0.2"})
     assert [round(T.lr_scale(cfg, p), 3) for p in (0, 0.5, 0.75, 0.96, 1, 1.2)] == [1, 1, 0.5, 0.1, 0.1, 0.1]
     assert T.muon_momentum(cfg, 0.1) == pytest.approx((0.85 + 0.95) / 2) and T.muon_momentum(cfg, 0.9) == pytest.approx(0.95)
+    cooled = cfg.replace(muon_momentum_cooldown_frac=0.1)
+    assert T.muon_momentum(cooled, 0.9) == pytest.approx(0.95) and T.muon_momentum(cooled, 0.95) == pytest.approx((0.85 + 0.95) / 2)
+    assert T.muon_momentum(cooled, 1.1) == pytest.approx(0.85)
+    tapered = cfg.replace(muon_wd_taper_start=0.7, muon_wd_taper_end=0.5)
+    assert [T.wd_scale(tapered, p) for p in (0, 0.7, 0.85, 1, 1.2)] == pytest.approx([1, 1, 0.75, 0.5, 0.5])
+    assert T.wd_scale(cfg, 1.0) == 1
     late = T.resolve_config({"LATE_QAT_THRESHOLD": "0.15", "WARMDOWN_FRAC": "0.5"})
     assert not T.qat_active(late, 0.9) and T.qat_active(late, 0.93)
     last = T.resolve_config({"QAT_LAST_FRAC": "0.05", "MIN_LR": "0.1"})

@@ -21,14 +21,17 @@ EVERYTHING |= {
 }
 
 
+FRONTIER = {"PARALLEL_LANES": 2, "SMEAR_FORM": "lambda", "ATTN_GATE_SCALE": 0.5, "ATTN_GATE_MAX": 1}
+
+
 def make(environment, looping=True, **settings):
     """A model in which every parameter matters: zero-initialised ones are filled, so that no path is cut off."""
     cfg = T.resolve_config({**environment, **{name: str(value) for name, value in settings.items()}})
     model = T.build_model(cfg)
     torch.manual_seed(5)
     with torch.no_grad():
-        for param in model.parameters():
-            if param.abs().max() == 0:
+        for name, param in model.named_parameters():
+            if param.abs().max() == 0 or ".lane_" in name:  # the lanes' ones would hide an exchange of their indices
                 param.normal_(std=0.3)
     model.looping = looping
     return model
@@ -47,6 +50,7 @@ VARIANTS = {
     "gdn form B": {"LAYER_PATTERN": "GGA", "GDN_QK_HEADS": 1, "GDN_V_HEADS": 2, "GDN_CONV_SIZE": 2, "GDN_FEATURE_MAP": "elu1",
                    "GDN_OUTPUT_NORM": 0, "SHARED_LAYERS": "", "NUM_LOOPS": 0, "VE_LAYERS": "", "PARALLEL_START": -1},
     "documents": {"DOCUMENT_MASK": 1},
+    "frontier": FRONTIER,
 }  # fmt: skip
 
 
@@ -63,8 +67,9 @@ def test_changing_a_token_leaves_every_earlier_logit_alone(variant):
             assert not torch.equal(after[:, position], before[:, position])
 
 
-def test_documents_are_independent_under_the_mask():
-    model = make(EVERYTHING, DOCUMENT_MASK=1)
+@pytest.mark.parametrize("parts", [{}, FRONTIER], ids=["cards", "frontier"])
+def test_documents_are_independent_under_the_mask(parts):
+    model = make(EVERYTHING, DOCUMENT_MASK=1, **parts)
     ids, changed = tokens(100, starts=(0, 37)), tokens(100, seed=1, starts=(0,))
     changed[:, 37:] = ids[:, 37:]
     with torch.no_grad():
@@ -74,10 +79,10 @@ def test_documents_are_independent_under_the_mask():
         assert (unmasked(ids)[:, 37:] - unmasked(changed)[:, 37:]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("part", ["smear", "bigram", "shift", "conv"])
+@pytest.mark.parametrize("part", ["smear", "lambda smear", "bigram", "shift", "conv"])
 def test_neighbours_of_another_document_are_never_seen(part):
     """Smear, hash, token shift and convolution stop at a BOS even without the document mask."""
-    model = make(EVERYTHING)
+    model = make(EVERYTHING, SMEAR_FORM="lambda" if part == "lambda smear" else "lerp")
     ids, changed = tokens(20, starts=(0, 11)), tokens(20, seed=1, starts=(0,))
     changed[:, 11:] = ids[:, 11:]
     outputs = []
@@ -86,7 +91,7 @@ def test_neighbours_of_another_document_are_never_seen(part):
     other[:, 11:] = stream[:, 11:]
     for batch, x in ((ids, stream), (changed, other)):
         ctx, previous = model._context(batch, None)
-        if part == "smear":
+        if part.endswith("smear"):
             outputs.append(model.smear(x, ctx))
         elif part == "bigram":
             outputs.append(model.bigram(batch, previous, ctx.continues, torch.float32))
@@ -101,7 +106,10 @@ def test_neighbours_of_another_document_are_never_seen(part):
 @pytest.mark.parametrize("documents", [0, 1])
 @pytest.mark.parametrize("looping", [False, True])
 def test_stream_in_pieces_equals_one_forward(documents, looping):
-    model, ids = make(EVERYTHING, looping=looping, DOCUMENT_MASK=documents), tokens(120, batch=2, starts=(0, 30, 75))
+    model, ids = (
+        make(EVERYTHING, looping=looping, DOCUMENT_MASK=documents, **(FRONTIER if looping else {})),
+        tokens(120, batch=2, starts=(0, 30, 75)),
+    )
     state, pieces = T.DecodeState(2, 120, piece=44), []
     with torch.no_grad():
         for first, last in ((0, 1), (1, 2), (2, 33), (33, 74), (74, 76), (76, 120)):
@@ -175,6 +183,20 @@ def test_smear_gate_matches_a_loop():
     assert_same_with_gradients(ours, loop, [torch.randn(1, 11, 32), torch.randn(32)])
 
 
+def test_lambda_smear_gate_matches_a_loop():
+    model, ids = make(EVERYTHING, SMEAR_FORM="lambda"), tokens(11, starts=(4,))
+
+    def loop(x, gate, scale):
+        rows = [x[:, t] + scale * (gate @ x[0, t, :12]).sigmoid() * (x[:, t - 1] if t not in (0, 4) else 0) for t in range(11)]
+        return torch.stack(rows, 1)
+
+    def ours(x, gate, scale):
+        return torch.func.functional_call(model.smear, {"gate": gate, "scale": scale}, (x, context(model, ids)[0]))
+
+    torch.manual_seed(0)
+    assert_same_with_gradients(ours, loop, [torch.randn(1, 11, 32), torch.randn(12), torch.tensor(0.7)])
+
+
 def test_hash_embedding_matches_a_loop():
     model, ids = make(EVERYTHING), tokens(17, starts=(0, 8))
     ctx, previous = context(model, ids)
@@ -230,9 +252,11 @@ def test_gated_delta_net_matches_a_loop(form):
     assert_same_with_gradients(ours, loop, inputs, tolerance=1e-3)
 
 
-def test_attention_layer_matches_a_loop():
+@pytest.mark.parametrize("gate", [(1, 2), (0.5, 1)], ids=["double", "sparse"])
+def test_attention_layer_matches_a_loop(gate):
     """QK norm, gain, partial RoPE, value embedding, sink, XSA and output gate, head by head."""
-    model, ids = make(EVERYTHING), tokens(9)
+    gate_scale, gate_max = gate
+    model, ids = make(EVERYTHING, ATTN_GATE_SCALE=gate_scale, ATTN_GATE_MAX=gate_max), tokens(9)
     mixer = model.blocks[3].mixer
     names = [name for name, _ in mixer.named_parameters()]
     ve = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(4))
@@ -262,7 +286,7 @@ def test_attention_layer_matches_a_loop():
             o = torch.cat((sink, scores), -1).softmax(-1)[..., 1:] @ vh
             unit = vh / vh.norm(dim=-1, keepdim=True)
             o = o - (o * unit).sum(-1, keepdim=True) * unit
-            heads.append(o * 2 * (x[..., :6] @ p["gate"][h]).sigmoid()[..., None])
+            heads.append(o * gate_max * (gate_scale * (x[..., :6] @ p["gate"][h])).sigmoid()[..., None])
         return torch.cat(heads, -1) @ p["proj.weight"].T
 
     def ours(x, *params):
@@ -286,29 +310,38 @@ def test_layer_order_is_the_cards():
     assert len(model.skip_weights) == 8
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("looping", [False, True])
-def test_forward_matches_a_straight_line_reading(looping):
-    """Residual mixing, LN scale, parallel residuals, U-Net skips and recurrence, written out call by call."""
-    model, ids = make(EVERYTHING, looping=looping), tokens(21)
+def test_forward_matches_a_straight_line_reading(looping, lanes):
+    """Residual mixing, LN scale, parallel residuals in one lane and in two, U-Net skips and recurrence, written out call by call."""
+    model, ids = make(EVERYTHING, looping=looping, **(FRONTIER if lanes == 2 else {})), tokens(21)
     ctx, previous = context(model, ids)
     ctx.call = -1
     norm = T.rms_norm
-    x0 = model.smear(norm(model.tok_emb(ids) + model.bigram(ids, previous, ctx.continues, torch.float32)), ctx)
+    x0 = model.tok_emb(ids) + model.bigram(ids, previous, ctx.continues, torch.float32)
+    x0 = norm(model.smear(x0, ctx)) if lanes == 2 else model.smear(norm(x0), ctx)
     ctx.value_embedding = model.value_embed(ids, torch.float32)
     order = [0, 1, 2, 3, 2, 3, 2, 3, 4, 5] if looping else [0, 1, 2, 3, 4, 5]
-    x, stack, half = x0, [], len(order) // 2
+    x, other, stack, half = x0, None, [], len(order) // 2
     for call, layer in enumerate(order):
+        other = x if lanes == 2 and layer == 4 else other  # the lanes part here, before the skip, which enters the first one only
         if call >= half and stack:
             gate = model.skip_gates[call - half].sigmoid()
             x = (1 - gate) * model.skip_weights[call - half] * stack.pop() + gate * x
         block, scale = model.blocks[layer], (layer + 1) ** -0.5 * (0.6 if looping and layer in (2, 3) else 1)
         x_in = block.resid_mix[0] * x + block.resid_mix[1] * x0
         mixed = block.mixer_scale * block.mixer(norm(x_in) * scale, ctx)
-        mlp_input = x_in if layer >= 4 else x_in + mixed
+        mlp_input = other if other is not None else x_in if layer >= 4 else x_in + mixed
         hidden = F.leaky_relu(norm(mlp_input) * scale @ block.mlp.fc.weight.T, 0.5) ** 2
-        x = x_in + mixed + block.mlp_scale * (hidden @ block.mlp.proj.weight.T)
+        hidden = block.mlp_scale * (hidden @ block.mlp.proj.weight.T)
+        if other is None:
+            x = x_in + mixed + hidden
+        else:
+            r, p = block.lane_keep, block.lane_write
+            x, other = r[0] * x + p[0, 0] * mixed + p[1, 0] * hidden, r[1] * other + p[0, 1] * mixed + p[1, 1] * hidden
         if call < half:
             stack.append(x)
+    x = x if other is None else (x + other) / 2
     expected = 30 * torch.tanh(norm(x) @ model.tok_emb.weight.T / 30)
     torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
 
@@ -420,9 +453,10 @@ def test_crown_q_adds_the_gradient_of_its_penalty():
         torch.testing.assert_close(param.grad, gradient)
 
 
-def test_every_parameter_gets_a_gradient():
+@pytest.mark.parametrize("parts", [{}, FRONTIER], ids=["cards", "frontier"])
+def test_every_parameter_gets_a_gradient(parts):
     """With the projections in place nothing is stuck at zero gradient (the both-zero hash embedding was)."""
-    cfg = T.resolve_config({**EVERYTHING})
+    cfg = T.resolve_config({**EVERYTHING, **{name: str(value) for name, value in parts.items()}})
     model = T.build_model(cfg)
     model.looping = True
     optimizers = T.Optimizers(model, cfg, T.RunContext())
@@ -437,7 +471,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_muon_step_is_the_textbook_one():
-    model = make(TINY, looping=False, MUON_WD=0.1, MATRIX_LR=0.02)
+    model = make(TINY, looping=False, MUON_WD=0.2, MATRIX_LR=0.02)
     optimizers = T.Optimizers(model, model.cfg, T.RunContext())
     param = model.blocks[0].mlp.fc.weight
     before, momentum = param.detach().clone(), torch.zeros_like(param)
@@ -447,7 +481,7 @@ def test_muon_step_is_the_textbook_one():
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         grad = param.grad.clone()
-        optimizers.step(0.5, 0.9)
+        optimizers.step(0.5, 0.9, 0.5)
         momentum = 0.9 * momentum + 0.1 * grad
         nesterov = 0.1 * grad + 0.9 * momentum
         update = T.newton_schulz(nesterov[None])[0] * math.sqrt(max(1, param.size(0) / param.size(1)))

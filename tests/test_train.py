@@ -71,6 +71,7 @@ def test_a_run_leaves_what_it_promises(train):
 def test_stopping_and_resuming_changes_nothing(train, monkeypatch):
     """6 steps, a kill, the rest: the same bits as the unbroken run, through the checkpoint on disk."""
     looping = {"LAYER_PATTERN": "GATA", "NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 2, "UNET_SKIPS": 1, "ENABLE_LOOPING_AT": 0.3}
+    looping["TRAIN_SEQ_SCHEDULE"] = "32@0.4"
     noise = {"QAT_LAST_FRAC": 0.8, "QAT_MODE": "noise", "QAT_NOISE_SCALE": 1}  # draws random numbers at every step
     whole, _ = train(RUN_ID="whole", **looping, **noise)
 
@@ -95,6 +96,7 @@ def test_stopping_and_resuming_changes_nothing(train, monkeypatch):
     assert_same_weights(weights(whole), weights(folder))
     assert T.load_run(folder)[2]["tokens"] == T.load_run(whole)[2]["tokens"]
     assert len(list((folder / "checkpoints").iterdir())) == 2, "the last two are kept"
+    assert "step:5 8 sequences of 64 tokens a step" in (whole / "train.log").read_text()
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, monkeypatch):
