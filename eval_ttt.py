@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from data.shards import load_manifest
 from parts import audit as auditing
 from parts import packing
+from parts.artifact import Artifact, load_artifact
 from parts.audit import Ledger, Trace
+from parts.code import code_bytes
 from parts.experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
-from quantize import Artifact, code_bytes, load_artifact
 from train_gpt import (
     BOS_ID,
     GPT,

@@ -15,15 +15,12 @@ observers on the one forward of `train_gpt.GPT`, and their time counts as traini
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import datetime
 import fnmatch
 import functools
-import io
 import json
-import lzma
 import math
 import os
 import re
@@ -31,8 +28,6 @@ import shutil
 import sys
 import tempfile
 import time
-import tokenize
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +37,8 @@ import torch
 from torch import Tensor
 
 from parts import packing
+from parts.artifact import restore_weights
+from parts.code import SCRIPT_NAME, code_bytes, code_script
 from parts.packing import Record
 from train_gpt import (
     GPT,
@@ -660,107 +657,6 @@ def make_records(
     return records
 
 
-def dequantize(record: Record) -> Tensor:
-    """float32 values of a record: one product a weight, so that every machine gets the same bits."""
-    if record.kind == "codes":
-        return torch.from_numpy(record.data).float() * torch.from_numpy(record.scales).float()[:, None]
-    return torch.from_numpy(record.data).float()
-
-
-def restore_weights(records: list[Record], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Records -> float32 weights on the CPU, one for each entry of `shapes`. Raises UserError where they do not fit together."""
-    left = {record.name: record for record in records}
-
-    def take(name: str) -> Tensor | None:
-        record = left.pop(name, None)
-        if record is None or record.kind == "bytes":
-            return None
-        value = dequantize(record)
-        correction = [left.pop(f"{name}@lqer_{suffix}", None) for suffix in "ab"]
-        if all(correction):
-            a, b = map(dequantize, correction)
-            if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or (a.size(1), b.size(1)) != tuple(value.shape):
-                raise UserError(f"{name}: its low-rank correction has another shape")
-            value = value + a.T @ b
-        return value
-
-    weights = {}
-    for name, shape in shapes.items():
-        value = take(name)
-        if value is None:
-            rows, top, rest = left.pop(f"{name}@rows", None), take(f"{name}@top"), take(f"{name}@rest")
-            if rows is None or rows.kind != "bytes" or top is None or rest is None:
-                raise UserError(f"{name} is missing")
-            chosen = torch.from_numpy(np.unpackbits(rows.data)).bool()
-            count = len(top) + len(rest)
-            if not 0 <= len(chosen) - count < 8 or int(chosen.sum()) != len(top) or top.shape[1:] != rest.shape[1:]:
-                raise UserError(f"{name}: the parts of its split do not fit together")
-            value = torch.empty(count, *top.shape[1:])
-            value[chosen[:count]], value[~chosen[:count]] = top, rest
-        if tuple(value.shape) != tuple(shape):
-            raise UserError(f"{name} is {list(value.shape)} in the file, {list(shape)} in the model")
-        weights[name] = value
-    if left:
-        raise UserError(f"{sorted(left)[0]} belongs to no parameter of this model")
-    return weights
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Artifact: writing and loading
-# ----------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Artifact:
-    """A model as its artifact restores it. `meta`: the header's facts (looping, steps, train_seconds, …)."""
-
-    model: GPT
-    cfg: Config
-    meta: dict
-    bytes_model: int
-
-
-def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, without allocating any. Raises UserError for a configuration that makes no model."""
-    if len(cfg.pattern) > 1024:
-        raise UserError(f"LAYER_PATTERN has {len(cfg.pattern)} layers")
-    try:
-        with torch.device("meta"):
-            return {name: tuple(param.shape) for name, param in GPT(cfg).named_parameters()}
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise UserError(f"this configuration makes no model: {error}") from None
-
-
-def load_artifact(path: str | Path, device: torch.device | str = "cpu", check_tokenizer: bool = True) -> Artifact:
-    """Read an artifact, its settings overridden by the environment's (model settings may not differ).
-
-    Raises UserError for a file that is missing, damaged, of a newer version, or of another tokenizer than TOKENIZER_PATH's.
-    Parameter shapes are checked against the configuration before anything of their size is allocated.
-    """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    header, payload = packing.read_header(data, str(path))
-    meta = {key: value for key, value in header.items() if key not in ("tensors", "streams")}
-    if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("looping"), bool):
-        raise UserError(f"{path}: its header lacks the configuration")
-    cfg = resolve_config(os.environ, base=meta["config"])
-    try:
-        shapes = parameter_shapes(cfg)
-        packing.check_plan(header.get("tensors"), max_elements=4 * sum(map(math.prod, shapes.values())) + (1 << 20))
-        weights = restore_weights(packing.decode_records(header["tensors"], header.get("streams"), payload), shapes)
-    except (ValueError, UserError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if check_tokenizer:
-        load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-        if tokenizer_hash(cfg.tokenizer_path) != meta.get("tokenizer_sha256"):
-            raise UserError(f"{path} was made with another tokenizer than TOKENIZER_PATH={cfg.tokenizer_path}")
-    model = build_model(cfg, device)
-    load_weights(model, weights)
-    model.looping = meta["looping"]
-    return Artifact(model.eval(), cfg, meta, len(data))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Quantizer: a calibrated run, ready to be packed under any plan
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1039,98 +935,6 @@ def _drop_bits(coded: list[Unit], packed: Packed, dropped: dict[str, int], exces
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Code: what a submission has to carry beside the artifact
-# ----------------------------------------------------------------------------------------------------------------------
-# The script is a zip archive behind a comment: Python runs such a file as it is, on any platform, under torchrun too, and the payload
-# stays raw LZMA (base85 in a string would add a quarter). It unpacks into a temporary folder, because compiled kernels need
-# source files that exist, and runs eval_ttt.py on the artifact beside it unless told otherwise.
-ROOT = Path(__file__).resolve().parent
-SCRIPT_NAME = "evaluate.py"
-_SCRIPT_HEAD = b"#!/usr/bin/env python3\n# Self-extracting: Python runs this zip archive as it is; `unzip` shows what is inside.\n"
-_SCRIPT_MAIN = """\
-import json, lzma, os, runpy, sys, tempfile, zipfile
-script = os.path.dirname(os.path.abspath(__file__))
-with tempfile.TemporaryDirectory() as folder:
-    sources = json.loads(lzma.decompress(zipfile.ZipFile(script).read("code")))
-    for name, text in {**sources, ".bundle": script}.items():
-        os.makedirs(os.path.join(folder, os.path.dirname(name)), exist_ok=True)
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            file.write(text)
-    sys.path.insert(0, folder)
-    if len(sys.argv) == 1:
-        sys.argv.append(os.path.join(os.path.dirname(script), "artifact.bin"))
-    runpy.run_module("ENTRY", run_name="__main__", alter_sys=True)
-"""
-
-
-def evaluation_modules() -> list[Path]:
-    """The source files beside this one that evaluation imports, itself included, found by following import statements."""
-    found, queue = [], ["eval_ttt"]
-    while queue:
-        module = ROOT.joinpath(*queue.pop(0).split("."))
-        path = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
-        if path in found or not path.is_file():
-            continue
-        found.append(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                queue += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                # `from parts import packing` may name a module, and always runs its package.
-                queue += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                queue += [str(parent).replace(os.sep, ".") for parent in Path(*node.module.split(".")).parents if parent.name]
-    return found
-
-
-def strip_source(text: str) -> str:
-    """Python source without comments, blank lines and the docstrings of functions and classes; otherwise letter for letter.
-
-    Module docstrings stay: they are what --help shows. Works on tokens and line ranges, not on a reprinted syntax tree, so that the
-    result is the same under every Python version. If it does not parse to the same program, the source is returned as it is.
-    """
-    lines = text.splitlines(keepends=True)
-    tree = ast.parse(text)
-    inside: set[int] = set()  # lines that begin within a string
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column].rstrip() + "\n"
-        elif token.end[0] > token.start[0] and token.type not in (tokenize.NEWLINE, tokenize.NL):
-            inside.update(range(token.start[0] + 1, token.end[0] + 1))
-    docstrings: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
-            first = node.body[0]
-            if len(node.body) > 1 and first.lineno > node.lineno and node.body[1].lineno > first.end_lineno:
-                docstrings.update(range(first.lineno, first.end_lineno + 1))
-                del node.body[0]
-    kept = [line for number, line in enumerate(lines, 1) if number not in docstrings and (number in inside or line.strip())]
-    stripped = "".join(kept)
-    return stripped if ast.dump(ast.parse(stripped)) == ast.dump(tree) else text
-
-
-@functools.cache
-def code_script() -> bytes:
-    """The self-extracting evaluation script; the same bytes for the same sources. Made once a process."""
-    modules = evaluation_modules()
-    sources = {path.relative_to(ROOT).as_posix(): strip_source(path.read_text(encoding="utf-8")) for path in sorted(modules)}
-    # lc=4: sources are text, whose next letter depends on the last one.
-    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
-    payload = lzma.compress(json.dumps(sources, ensure_ascii=False).encode(), format=lzma.FORMAT_ALONE, filters=filters)
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        for name, data in (("__main__.py", _SCRIPT_MAIN.replace("ENTRY", modules[0].stem).encode()), ("code", payload)):
-            file.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
-    return _SCRIPT_HEAD + archive.getvalue()
-
-
-def code_bytes() -> int:
-    """Size of the evaluation code as it would be submitted. From within a submission: the size of the script that is running."""
-    marker = ROOT / ".bundle"
-    return Path(marker.read_text(encoding="utf-8")).stat().st_size if marker.is_file() else len(code_script())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Reports
 # ----------------------------------------------------------------------------------------------------------------------
 def role_table(roles: Mapping[str, dict]) -> list[str]:
@@ -1220,6 +1024,7 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) 
         "artifact": str(run_dir / "artifact.bin"),
         "bytes_model": model_bytes,
         "bytes_code": script_bytes,
+        "bytes_code_training": code_bytes("train_gpt"),
         "bytes_total": total,
         "bytes_limit": SIZE_LIMIT_BYTES,
         "method": cfg.quant_method,
@@ -1449,6 +1254,7 @@ def bundle_command(run_dir: Path, out: Path, author: str, github_id: str, name: 
             "bytes_total": bytes_model + bytes_code,
             "bytes_model": bytes_model,
             "bytes_code": bytes_code,
+            "bytes_code_training": code_bytes("train_gpt"),
             "seeds": [config.get("seed")],
             "hardware": f"{header.get('world_size', 1)} x {header.get('device', 'unknown')}",
             "train_seconds": header.get("train_seconds"),

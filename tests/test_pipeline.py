@@ -20,6 +20,7 @@ import eval_ttt
 import quantize as Q
 import train_gpt as T
 from parts import packing
+from parts.artifact import dequantize
 
 PRESETS = ["gdn_hybrid", "gdn3_fa8", "legal_ttt", "token_shift", "ngram_hedge", "base"]
 # Only sizes shrink. What a card is about (which layers, which method, which optimizer, how many bits and epochs) stays the preset's own.
@@ -223,7 +224,7 @@ def test_values_are_rotated_where_the_preset_says(pipeline):
     layers = [name for name in trained if name.endswith("mixer.c_v.weight")]
     assert layers
     for name in layers:
-        plain, stored = trained[name], Q.dequantize(pipeline.records[name])
+        plain, stored = trained[name], dequantize(pipeline.records[name])
         heads = plain.unflatten(0, (cfg.num_kv_heads, cfg.head_dim))
         turned = torch.einsum("de,kec->kdc", Q.hadamard(cfg.head_dim).float(), heads).flatten(0, 1)
         near, far = (turned, plain) if cfg.hadamard_vo else (plain, turned)
