@@ -1,0 +1,462 @@
+"""The few GPU kernels that a library does not offer, and the library kernels that the compiler cannot see past, as custom ops.
+
+| op | what it saves | plain twin |
+|---|---|---|
+| `fused_mlp` | the activation is the epilogue of the first product, its derivative that of the second's gradient; one tensor is kept | `plain_mlp` |
+| `softcap_cross_entropy` | one pass over the logits, which the gradient replaces in place | `train_gpt.output_head` |
+| `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
+| `flash_attention` | flash-attn-4 (CuTe) for full, windowed and by-document attention, with the row's log-sum for sinks | `train_gpt.naive_attention` |
+
+Each kernel runs under Triton's interpreter too (TRITON_INTERPRET=1), which is how tests check its arithmetic without a GPU. The matrix kernels
+follow the persistent design of modded-nanogpt's records: one program a multiprocessor, operands through tensor descriptors (TMA on Hopper),
+tiles of 128 x 256 x 64, the accumulator stored in two halves.
+
+Shapes: M tokens, C model width, N hidden width, V vocabulary, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # a CPU machine: every caller asks `missing_triton` first
+    triton = None
+
+
+def missing_triton(device: torch.device) -> str:
+    """Why the Triton kernels cannot serve on this device; empty if they can."""
+    if triton is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    return "" if torch.cuda.get_device_capability(device) >= (9, 0) else "needs a GPU of capability 9.0 (tensor descriptors)"
+
+
+def _programs(device: torch.device) -> int:
+    """Programs of a persistent grid: one a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MLP: act(x W_upᵀ)² W_downᵀ with act LeakyReLU(0.5) or ReLU
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What the backward needs of the pre-activation h is its sign and its size. The size is in the squared activation itself (its root);
+# the sign rides in the lowest mantissa bit of the stored bfloat16, rounded to nearest among the values with that bit. So one tensor of
+# [M, N] is written and read where the plain path keeps two.
+
+
+if triton is not None:
+
+    @triton.jit
+    def _squared_activation(h, LEAKY: tl.constexpr):
+        """float32 pre-activation -> bfloat16 squared activation whose lowest bit says h > 0."""
+        a = tl.where(h > 0, h, 0.5 * h) if LEAKY else tl.maximum(h, 0.0)
+        bits = (a * a).to(tl.int32, bitcast=True)
+        sign = tl.where(h > 0, 0x10000, 0)
+        rounded = (((bits - sign + 0x10000) >> 17) << 17) + sign
+        return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+    @triton.jit
+    def _activation_slope(post, LEAKY: tl.constexpr):
+        """d(act(h)²)/dh = 2h (h > 0), h/2 (LeakyReLU) or 0 (ReLU) from what `_squared_activation` stored; float32."""
+        root = tl.sqrt(post.to(tl.float32))
+        positive = (post.to(tl.int16, bitcast=True) & 1) == 1
+        return tl.where(positive, 2.0 * root, -root if LEAKY else 0.0)
+
+    @triton.jit
+    def _mlp_kernel(
+        a_desc, b_desc, post_desc, out_desc, M, N, K,
+        LEAKY: tl.constexpr, BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+    ):  # fmt: skip
+        """Forward: out = act(a bᵀ)², a [M,K], b [N,K]. Backward: out = (a b) ⊙ slope(post), a [M,K], b [K,N], post [M,N]."""
+        columns = tl.cdiv(N, BN)
+        HALF: tl.constexpr = BN // 2
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * columns, PROGRAMS, flatten=True):
+            row, column = (tile // columns) * BM, (tile % columns) * BN
+            accumulator = tl.zeros((BM, BN), tl.float32)
+            for k in range(0, tl.cdiv(K, BK)):
+                a = a_desc.load([row, k * BK])
+                if BACKWARD:
+                    accumulator = tl.dot(a, b_desc.load([k * BK, column]), accumulator)
+                else:
+                    accumulator = tl.dot(a, b_desc.load([column, k * BK]).T, accumulator)
+            left, right = accumulator.reshape(BM, 2, HALF).permute(0, 2, 1).split()
+            if BACKWARD:
+                left = left * _activation_slope(post_desc.load([row, column]), LEAKY)
+                out_desc.store([row, column], left.to(tl.bfloat16))
+                right = right * _activation_slope(post_desc.load([row, column + HALF]), LEAKY)
+                out_desc.store([row, column + HALF], right.to(tl.bfloat16))
+            else:
+                out_desc.store([row, column], _squared_activation(left, LEAKY))
+                out_desc.store([row, column + HALF], _squared_activation(right, LEAKY))
+
+
+MLP_TILES = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8}
+MLP_STAGES = {False: 4, True: 3}  # forward, backward: what fits shared memory beside the epilogue's tiles
+
+
+def _launch_mlp(a: Tensor, b: Tensor, post: Tensor | None, leaky: bool, **tiles) -> Tensor:
+    backward = post is not None
+    tiles = {**MLP_TILES, "num_stages": MLP_STAGES[backward], **tiles}
+    rows, inner = a.shape
+    columns = b.size(1) if backward else b.size(0)
+    out = torch.empty(rows, columns, dtype=torch.bfloat16, device=a.device)
+    bm, bn, bk = tiles["BM"], tiles["BN"], tiles["BK"]
+    half = [bm, bn // 2]
+    describe = TensorDescriptor.from_tensor
+    programs = min(_programs(a.device), triton.cdiv(rows, bm) * triton.cdiv(columns, bn))
+    _mlp_kernel[(programs,)](
+        describe(a, [bm, bk]), describe(b, [bk, bn] if backward else [bn, bk]), describe(out if post is None else post, half),
+        describe(out, half), rows, columns, inner, LEAKY=leaky, BACKWARD=backward, PROGRAMS=programs, **tiles,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("golf::mlp_up", mutates_args=())
+def mlp_up(x: Tensor, w_up: Tensor, leaky: bool) -> Tensor:
+    """x [M,C], w_up [N,C] bfloat16 (float32 under the interpreter, whose dot knows no bfloat16) -> act(x W_upᵀ)² bfloat16 [M,N], whose lowest mantissa bit is the sign of x W_upᵀ."""
+    return _launch_mlp(x, w_up, None, leaky)
+
+
+@mlp_up.register_fake
+def _(x, w_up, leaky):
+    return x.new_empty(x.size(0), w_up.size(0), dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("golf::mlp_down_gradient", mutates_args=())
+def mlp_down_gradient(d_y: Tensor, w_down: Tensor, post: Tensor, leaky: bool) -> Tensor:
+    """Gradient of the pre-activation: (d_y W_down) ⊙ act²'(h); d_y [M,C], w_down [C,N], post [M,N] from `mlp_up`."""
+    return _launch_mlp(d_y, w_down, post, leaky)
+
+
+@mlp_down_gradient.register_fake
+def _(d_y, w_down, post, leaky):
+    return torch.empty_like(post)
+
+
+class _FusedMLP(torch.autograd.Function):
+    """Only the two products with an epilogue are opaque: the compiler sees the other four and fuses what surrounds them."""
+
+    @staticmethod
+    def forward(ctx, x, w_up, w_down, leaky):
+        post = mlp_up(x, w_up, leaky)
+        ctx.save_for_backward(x, w_up, w_down, post)
+        ctx.leaky = leaky
+        return post.to(x.dtype) @ w_down.t()
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, w_up, w_down, post = ctx.saved_tensors
+        d_h = mlp_down_gradient(d_y.contiguous(), w_down, post, ctx.leaky).to(x.dtype)
+        return d_h @ w_up, d_h.t() @ x, d_y.t() @ post.to(x.dtype), None
+
+
+def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, act: str) -> Tensor:
+    """act(x W_upᵀ)² W_downᵀ for x [..., C], w_up [N,C], w_down [C,N] in bfloat16; act 'leaky_relu2' or 'relu2'. Widths are multiples of 8."""
+    flat = x.reshape(-1, x.size(-1))
+    return _FusedMLP.apply(flat, w_up.contiguous(), w_down.contiguous(), act == "leaky_relu2").view(*x.shape[:-1], w_down.size(0))
+
+
+def squared_activation(h: Tensor, act: str) -> Tensor:
+    """LeakyReLU(0.5)², ReLU² or SiLU²."""
+    if act == "leaky_relu2":
+        h = F.leaky_relu(h, 0.5)
+    else:
+        h = F.relu(h) if act == "relu2" else F.silu(h)
+    return h.square()
+
+
+def plain_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, act: str) -> Tensor:
+    """The twin of `fused_mlp`."""
+    return F.linear(squared_activation(F.linear(x, w_up), act), w_down)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Head: softcapped cross-entropy in one pass
+# ----------------------------------------------------------------------------------------------------------------------
+
+if triton is not None:
+
+    @triton.jit
+    def _softcap_ce_kernel(logits, targets, losses, V, stride, cap, BLOCK: tl.constexpr):
+        """A row of raw logits -> its loss, and in its place d(loss)/d(raw logit) = (p − 1[target]) (1 − tanh²)."""
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < V
+        raw = tl.load(logits + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+        tanh = 1.0 - 2.0 / (tl.exp(raw * (2.0 / cap)) + 1.0)
+        capped = tl.where(inside, cap * tanh, float("-inf"))
+        largest = tl.max(capped, 0)
+        exponentials = tl.exp(capped - largest)
+        total = tl.sum(exponentials, 0)
+        target = tl.load(targets + row)
+        at_target = tl.sum(tl.where(columns == target, capped, 0.0), 0)
+        tl.store(losses + row, tl.log(total) + largest - at_target)
+        gradient = (exponentials / total - tl.where(columns == target, 1.0, 0.0)) * (1.0 - tanh * tanh)
+        tl.store(logits + row * stride + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("golf::softcap_ce", mutates_args=("logits",))
+def softcap_ce(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Losses float32 [M] of raw logits [M,V]; the logits are overwritten by the gradient of each row's loss."""
+    losses = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
+    block = triton.next_power_of_2(logits.size(1))
+    warps = min(32, max(4, block // 1024))
+    _softcap_ce_kernel[(logits.size(0),)](logits, targets, losses, logits.size(1), logits.stride(0), cap, BLOCK=block, num_warps=warps)
+    return losses
+
+
+@softcap_ce.register_fake
+def _(logits, targets, cap):
+    return logits.new_empty(logits.size(0), dtype=torch.float32)
+
+
+class _SoftcapCrossEntropy(torch.autograd.Function):
+    """The gradient is made in the forward, unscaled, so that bfloat16 holds it well; 1/M and the incoming factor act on the products."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap):
+        logits = x @ weight.t()
+        losses = softcap_ce(logits, targets, cap)
+        ctx.save_for_backward(x, weight, logits)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        x, weight, d_logits = ctx.saved_tensors
+        scale = d_loss / x.size(0)
+        return (d_logits @ weight) * scale.to(x.dtype), (d_logits.t() @ x).float() * scale, None, None
+
+
+def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Mean over tokens of the cross-entropy of cap·tanh(x Wᵀ/cap); x [..., C], weight [V,C] (cast to x's dtype), targets int64 [...]."""
+    return _SoftcapCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, targets.reshape(-1), cap)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# XSA and the output gate
+# ----------------------------------------------------------------------------------------------------------------------
+
+if triton is not None:
+
+    @triton.jit
+    def _exclusive_forward(o, v, gate, y, M, v_stride, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, GATED: tl.constexpr):
+        rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+        head = tl.program_id(1)
+        here = rows < M
+        d = tl.arange(0, D)
+        value = tl.load(v + rows[:, None] * v_stride + head * D + d[None, :], mask=here[:, None], other=0.0).to(tl.float32)
+        inverse = 1.0 / tl.maximum(tl.sum(value * value, 1), 1e-24)
+        for g in tl.static_range(G):
+            at = rows[:, None] * (K * G * D) + (head * G + g) * D + d[None, :]
+            out = tl.load(o + at, mask=here[:, None], other=0.0).to(tl.float32)
+            share = tl.sum(out * value, 1) * inverse
+            result = out - share[:, None] * value
+            if GATED:
+                result = result * tl.load(gate + rows * (K * G) + head * G + g, mask=here, other=0.0).to(tl.float32)[:, None]
+            tl.store(y + at, result.to(y.dtype.element_ty), mask=here[:, None])
+
+    @triton.jit
+    def _exclusive_backward(
+        o, v, gate, dy, d_o, d_v, d_gate, M, v_stride,
+        G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, GATED: tl.constexpr,
+    ):  # fmt: skip
+        rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+        head = tl.program_id(1)
+        here = rows < M
+        d = tl.arange(0, D)
+        value = tl.load(v + rows[:, None] * v_stride + head * D + d[None, :], mask=here[:, None], other=0.0).to(tl.float32)
+        inverse = 1.0 / tl.maximum(tl.sum(value * value, 1), 1e-24)
+        value_gradient = tl.zeros((BM, D), tl.float32)
+        for g in tl.static_range(G):
+            at = rows[:, None] * (K * G * D) + (head * G + g) * D + d[None, :]
+            out = tl.load(o + at, mask=here[:, None], other=0.0).to(tl.float32)
+            incoming = tl.load(dy + at, mask=here[:, None], other=0.0).to(tl.float32)
+            share = tl.sum(out * value, 1) * inverse
+            if GATED:
+                gate_at = rows * (K * G) + head * G + g
+                tl.store(
+                    d_gate + gate_at, tl.sum(incoming * (out - share[:, None] * value), 1).to(d_gate.dtype.element_ty), mask=here
+                )
+                incoming = incoming * tl.load(gate + gate_at, mask=here, other=0.0).to(tl.float32)[:, None]
+            along = tl.sum(incoming * value, 1) * inverse
+            tl.store(d_o + at, (incoming - along[:, None] * value).to(d_o.dtype.element_ty), mask=here[:, None])
+            value_gradient += (2.0 * share * along)[:, None] * value - share[:, None] * incoming - along[:, None] * out
+        tl.store(d_v + rows[:, None] * (K * D) + head * D + d[None, :], value_gradient.to(d_v.dtype.element_ty), mask=here[:, None])
+
+
+def _exclusive_launch(kernel, tensors: tuple, o: Tensor, v: Tensor, gated: bool) -> None:
+    tokens, heads, dim = o.shape
+    block = 32
+    kernel[(triton.cdiv(tokens, block), v.size(1))](
+        *tensors, tokens, v.stride(0), G=heads // v.size(1), K=v.size(1), D=dim, BM=block, GATED=gated, num_warps=4
+    )
+
+
+@torch.library.custom_op("golf::exclusive_gate", mutates_args=())
+def _exclusive_gate(o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    y = torch.empty_like(o)
+    _exclusive_launch(_exclusive_forward, (o, v, o if gate is None else gate, y), o, v, gate is not None)
+    return y
+
+
+@_exclusive_gate.register_fake
+def _(o, v, gate):
+    return torch.empty_like(o)
+
+
+@torch.library.custom_op("golf::exclusive_gate_backward", mutates_args=())
+def _exclusive_gate_backward(o: Tensor, v: Tensor, gate: Tensor | None, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_o, d_v = torch.empty_like(o), v.new_empty(v.shape)
+    d_gate = v.new_empty(0) if gate is None else torch.empty_like(gate)
+    _exclusive_launch(_exclusive_backward, (o, v, o if gate is None else gate, d_y, d_o, d_v, d_gate), o, v, gate is not None)
+    return d_o, d_v, d_gate
+
+
+@_exclusive_gate_backward.register_fake
+def _(o, v, gate, d_y):
+    return torch.empty_like(o), v.new_empty(v.shape), v.new_empty(0) if gate is None else torch.empty_like(gate)
+
+
+def _exclusive_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _exclusive_gradients(ctx, d_y):
+    o, v, gate = ctx.saved_tensors
+    d_o, d_v, d_gate = _exclusive_gate_backward(o, v, gate, d_y.contiguous())
+    return d_o, d_v, None if gate is None else d_gate
+
+
+_exclusive_gate.register_autograd(_exclusive_gradients, setup_context=_exclusive_save)
+
+
+def exclusive_gate(o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """XSA, then the gate a head: (o − (o·v)/(v·v) v) · gate; o [B,T,H,D], v [B,T,K,D], gate [B,T,H] or None. D is a power of two."""
+    flat_gate = None if gate is None else gate.reshape(-1, gate.size(-1)).contiguous()
+    y = _exclusive_gate(o.flatten(0, 1).contiguous(), v.flatten(0, 1), flat_gate)
+    return y.view(o.shape)
+
+
+def plain_exclusive_gate(o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """The twin of `exclusive_gate`. By the algebra no unit vector is kept: o − (o·v)/(v·v) v."""
+    grouped, value = o.unflatten(2, (v.size(2), -1)), v.unsqueeze(3)
+    share = (grouped.float() * value.float()).sum(-1, keepdim=True) / value.float().square().sum(-1, keepdim=True).clamp_min(1e-24)
+    out = (grouped - share.to(o.dtype) * value).flatten(2, 3)
+    return out if gate is None else out * gate[..., None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: flash-attn-4 as custom ops that the compiler can see past
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def missing_flash_attention_4(device: torch.device) -> str:
+    """Why flash-attn-4 cannot serve on this device; empty if it can. Its CuTe kernels have forward and backward for Hopper and Blackwell."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "needs a Hopper or Blackwell GPU"
+    try:
+        found = importlib.util.find_spec("flash_attn.cute")
+    except ModuleNotFoundError:
+        found = None
+    return "" if found else "flash-attn-4 is not installed"
+
+
+def _flash_arguments(window: int, boundaries: Tensor | None, longest: int) -> dict:
+    how = {"causal": not window, "window_size_left": window - 1 if window else None, "window_size_right": 0 if window else None}
+    if boundaries is not None:
+        how.update(cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest)
+    return how
+
+
+def _flat(x: Tensor, boundaries: Tensor | None) -> Tensor:
+    return x if boundaries is None else x.flatten(0, 1)
+
+
+@torch.library.custom_op("golf::flash_attention_4", mutates_args=())
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        *(_flat(x, boundaries) for x in (q, k, v)), return_lse=True, **_flash_arguments(window, boundaries, q.size(1))
+    )
+    return out.view(q.shape), lse
+
+
+@_flash_forward.register_fake
+def _(q, k, v, boundaries, window):
+    batch, length, heads, _ = q.shape
+    shape = (batch, heads, length) if boundaries is None else (heads, batch * length)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("golf::flash_attention_4_backward", mutates_args=())
+def _flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, boundaries: Tensor | None, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    q_, k_, v_, out_, d_out_ = (_flat(x, boundaries) for x in (q, k, v, out, d_out))
+    gradients = _flash_attn_bwd(
+        q_, k_, v_, out_, d_out_, lse, dlse=d_lse, deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_flash_arguments(window, boundaries, q.size(1)),
+    )  # fmt: skip
+    return tuple(gradient.view(x.shape) for gradient, x in zip(gradients[:3], (q, k, v)))
+
+
+@_flash_backward.register_fake
+def _(q, k, v, out, lse, d_out, d_lse, boundaries, window):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _flash_save(ctx, inputs, output) -> None:
+    q, k, v, boundaries, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, boundaries)
+    ctx.set_materialize_grads(False)
+
+
+def _flash_gradients(ctx, d_out, d_lse):
+    q, k, v, out, lse, boundaries = ctx.saved_tensors
+    return *_flash_backward(q, k, v, out, lse, d_out.contiguous(), d_lse, boundaries, ctx.window), None, None
+
+
+_flash_forward.register_autograd(_flash_gradients, setup_context=_flash_save)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sink: Tensor | None = None, boundaries: Tensor | None = None
+) -> Tensor:
+    """Causal attention of q [B,T,H,D] over k, v [B,T,K,D] in bfloat16 through flash-attn-4.
+
+    window: keys a query sees, its own included; 0: all. boundaries: int32, cumulative starts of documents in the flattened batch, repeated
+    at the end to a fixed count. sink: key [K,D] of zero value; it only adds exp(q·sink/√D) to the softmax's denominator, so that the output
+    shrinks by σ(lse − q·sink/√D).
+    """
+    out, lse = _flash_forward(q, k, v, boundaries, window)
+    if sink is None:
+        return out
+    at_sink = torch.einsum("btkgd,kd->btkg", q.unflatten(2, (k.size(2), -1)).float(), sink.float()).flatten(2) / q.size(-1) ** 0.5
+    lse = lse.view(q.size(2), *q.shape[:2]).permute(1, 2, 0) if boundaries is not None else lse.transpose(1, 2)
+    return out * torch.sigmoid(lse - at_sink).to(out.dtype)[..., None]
+
+
+def document_boundaries(begins: Tensor, bucket: int = 64) -> Tensor:
+    """bool [B,T], true where a document starts -> int32 cumulative starts for `flash_attention`, every row's start included.
+
+    The end is repeated up to a multiple of `bucket` entries that at least doubles, so that few shapes occur and each compiles once.
+    """
+    starts = begins.clone()
+    starts[:, 0] = True
+    places = starts.flatten().nonzero().flatten().to(torch.int32)
+    count = bucket
+    while count < places.numel() + 1:
+        count *= 2
+    return F.pad(places, (0, count - places.numel()), value=begins.numel())
