@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 HAVE_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 TORCH := $(shell grep '^torch==' requirements.txt)
+# Runs parts/kernels.py without a GPU, in tests. With one, torch brings the Triton it was built with.
+INTERPRETER := 'triton==3.8.0; sys_platform == "linux"'
 GPUS := $(if $(HAVE_GPU),$(shell nvidia-smi -L | wc -l),0)
 
 # Idle OpenMP threads sleep instead of spinning: on a machine whose cores are shared, spinning costs a small model a factor of four.
@@ -27,7 +29,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt requirements-cuda.txt
 ifeq ($(HAVE_GPU),)
 	$(BIN)/python -m pip install --quiet '$(TORCH)+cpu' || \
 	  $(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt $(INTERPRETER)
 else
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -r requirements-cuda.txt
 endif

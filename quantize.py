@@ -334,7 +334,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 
 class HessianObserver:
-    """Accumulates H = Σ x xᵀ in float32 for each `Linear` (pre-hook) and for the tied head (hook on `final_norm`).
+    """Accumulates H = Σ x xᵀ in float32 for each `Linear` (as its observer) and for the tied head (hook on `final_norm`).
 
     Layers that run several times (depth recurrence, shared weights) add up all their calls. Layers that read the very same tensor (q, k
     and v; parallel residuals) share one product. On CUDA the inputs are bfloat16: TF32 holds those exactly and accumulates in
@@ -345,24 +345,19 @@ class HessianObserver:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
         self._source = self._gram = None
-        self._handles = []
+        self._observed: list[Linear] = []
         for name, module in model.named_modules():
             if isinstance(module, Linear):
                 key = f"{name}.weight"
                 self._prepare(key, module.weight)
-                self._handles.append(module.register_forward_pre_hook(functools.partial(self._before_linear, key)))
+                module.observer = functools.partial(self._add, key)
+                self._observed.append(module)
         self._prepare("tok_emb.weight", model.tok_emb.weight)
-        self._handles.append(model.final_norm.register_forward_hook(self._after_norm))
+        self._head = model.final_norm.register_forward_hook(lambda _module, _inputs, output: self._add("tok_emb.weight", output))
 
     def _prepare(self, key: str, weight: Tensor) -> None:
         self.sums[key] = torch.zeros(weight.size(1), weight.size(1), device=weight.device)
         self.counts[key] = 0.0
-
-    def _before_linear(self, key: str, _module, inputs) -> None:
-        self._add(key, inputs[0])
-
-    def _after_norm(self, _module, _inputs, output) -> None:
-        self._add("tok_emb.weight", output)
 
     @torch.no_grad()
     def _add(self, key: str, x: Tensor) -> None:
@@ -375,8 +370,9 @@ class HessianObserver:
         self.counts[key] += x.numel() // x.size(-1)
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        for module in self._observed:
+            module.observer = None
+        self._head.remove()
         self._source = self._gram = None
 
     def reduce(self, ctx: RunContext) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@
     PRESET=gdn_hybrid/one_gpu MUON_WD=0 python train_gpt.py        a preset's smaller budget, with one ablation
     python train_gpt.py --print-config                             every setting, its value and where it came from
     python train_gpt.py --describe                                 layers, parameters and size estimate, without training
+    PRESET=gdn_hybrid python train_gpt.py --bench                  tokens/s, MFU, memory and time by part, on random tokens
 
 Every hyperparameter is an environment variable, declared once in `Config` below. The run writes runs/<RUN_ID>/ (train.log,
 metrics.jsonl, config.json, model.safetensors, checkpoints/). Next: `python quantize.py runs/<RUN_ID>`, then `python eval_ttt.py
@@ -34,9 +35,10 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.shards import BOS_ID, ByteTable, check_vocabulary, list_shards, load_shard, load_tokenizer, tokenizer_hash, unread_files
+from parts import kernels
 from parts.files import UserError, atomic_write, cli
 
 SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
@@ -127,6 +130,9 @@ class Config:
     gdn_output_norm: bool = _model(True, "RMSNorm of each head's output before the gate")
     gdn_a_min: float = _model(1.0, "A ~ logU(GDN_A_MIN, GDN_A_MAX) at init", low=1e-4)
     gdn_a_max: float = _model(16.0, "see GDN_A_MIN", low=1e-4)
+    fused_kernels: str = _data(
+        "auto", "Triton kernels of parts/kernels.py: 0 plain, 1 required, auto where they run", choices=("auto", "0", "1")
+    )
     gdn_backend: str = _data("auto", "auto: flash-linear-attention on CUDA, chunked PyTorch elsewhere", choices=("auto", "fla", "torch"))
 
     # --- model: embedding side
@@ -658,6 +664,15 @@ class TokenStream:
             tokens = tokens.pin_memory().to(device, non_blocking=True)
         return tokens[:-1].view(count, seq_len), tokens[1:].view(count, seq_len)
 
+    def boundaries(self, first: int, count: int, seq_len: int, device: torch.device) -> Tensor:
+        """Where the documents of `sequences` start, as `kernels.document_boundaries`; found on the CPU, so that nothing waits for the GPU."""
+        flat = torch.from_numpy(self.read(self.position + first * seq_len, count * seq_len).astype(np.int64))
+        places = kernels.document_boundaries(flat.view(count, seq_len) == BOS_ID)
+        if device.type == "cuda":
+            places = places.pin_memory().to(device, non_blocking=True)
+            torch._dynamo.mark_dynamic(places, 0)  # how many documents a batch holds is no reason to compile again
+        return places
+
     def advance(self, tokens: int) -> None:
         self.position += tokens
 
@@ -684,69 +699,73 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z / cap)
 
 
-def exclusive(o: Tensor, v: Tensor) -> Tensor:
-    """XSA: remove from each head's output its component along the value of the *same position's* KV head.
-
-    o [B,T,H,D], v [B,T,Hkv,D]. o_{t,h} -= (o·v̂) v̂. No mean over time: a mean would leak the future.
-    """
-    grouped = o.unflatten(2, (v.size(2), -1))
-    unit = F.normalize(v.float(), dim=-1).to(o.dtype).unsqueeze(3)
-    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
-
-
 @dataclass(frozen=True)
-class AttentionPlan:
-    """Which kernel serves full and windowed attention, and why the faster ones do not."""
+class Kernels:
+    """Which kernel serves each op, and why the faster ones do not. The defaults run anywhere."""
 
-    full: str
-    windowed: str
+    full: str = "flash"  # attention over everything before
+    windowed: str = "plain"  # sliding-window attention
+    fused: bool = False  # parts/kernels.py's Triton kernels: MLP, softcapped cross-entropy, XSA with its gate
+    gdn: str = "torch"
     refused: tuple[str, ...] = ()
 
+    def lines(self) -> list[str]:
+        """For the banner."""
+        return [
+            f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy and XSA {'triton' if self.fused else 'plain'}, "
+            f"gated delta rule {self.gdn}" + (f" (not: {'; '.join(self.refused)})" if self.refused else "")
+        ]
 
-def plan_attention(cfg: Config, device: torch.device, compiled: bool) -> AttentionPlan:
-    """Choose the attention kernels for this machine; ATTENTION_BACKEND forces one, or fails with the reason."""
+
+FLASH_PACKAGES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
+
+
+def plan_kernels(cfg: Config, device: torch.device, compiled: bool) -> Kernels:
+    """Choose the kernels for this machine; ATTENTION_BACKEND and FUSED_KERNELS force one, or fail with the reason."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     on_cuda = device.type == "cuda"
-
-    def missing(package: str) -> str:
-        try:
-            found = importlib.util.find_spec(package)
-        except ModuleNotFoundError:  # raised, not returned, when the parent of a dotted name is missing
-            found = None
-        return "" if found else f"{package} is not installed"
-
-    faults = {  # in order of preference; an empty fault means usable
-        "fa4": "needs a Blackwell GPU" if capability[0] != 10 else missing("flash_attn.cute"),
-        "fa3": "needs a Hopper GPU" if capability[0] != 9 else missing("flash_attn_interface"),
+    absent = {name: not package_exists(package) for name, package in FLASH_PACKAGES.items()}
+    faults = {  # an empty fault means usable
+        "fa4": kernels.missing_flash_attention_4(device),
+        "fa3": "needs a Hopper GPU" if capability[0] != 9 else "flash_attn_interface is not installed" * absent["fa3"],
         "cudnn": "needs a CUDA GPU of capability 8.0" if capability < (8, 0) else "",
-        "fa2": "needs a CUDA GPU of capability 8.0" if capability < (8, 0) else missing("flash_attn"),
+        "fa2": "needs a CUDA GPU of capability 8.0" if capability < (8, 0) else "flash_attn is not installed" * absent["fa2"],
         "flash": "",
         "flex": "" if on_cuda and compiled else "FlexAttention pays only compiled, on CUDA",
         "plain": "",
     }
+    # In order of preference. Masks by document want variable lengths (fa4) or an arbitrary mask; a sink wants the rows' log-sum (fa4) or,
+    # as a first key outside the window, an arbitrary mask. Full attention takes a sink as an extra first position with any causal kernel.
     order = {"full": ("fa4", "fa3", "cudnn", "fa2", "flash"), "windowed": ("fa4", "fa3", "flex", "fa2", "plain")}
-    if cfg.document_mask:  # masks by document: only kernels that take an arbitrary mask
-        order = {"full": ("flex", "plain"), "windowed": ("flex", "plain")}
-    elif cfg.attn_sink:  # a sink enters the full layers as an extra first position, which any causal kernel handles
-        order["windowed"] = ("flex", "plain")
+    serves = {"full": (*order["full"], "flex", "plain"), "windowed": order["windowed"]}
+    masked = ("fa4", "flex", "plain")
+    if cfg.document_mask:
+        order = serves = {"full": masked, "windowed": masked}
+    elif cfg.attn_sink:
+        order = {"full": order["full"], "windowed": masked}
+        serves = {"full": serves["full"], "windowed": masked}
     forced = cfg.attention_backend
     if forced != "auto":
         if faults[forced]:
             raise UserError(f"ATTENTION_BACKEND={forced}: {faults[forced]}")
-        order = {kind: (forced, *names) if forced in _serves(kind, cfg) else names for kind, names in order.items()}
+        order = {kind: (forced, *names) if forced in serves[kind] else names for kind, names in order.items()}
         if forced not in (order["full"][0], order["windowed"][0]):
             raise UserError(f"ATTENTION_BACKEND={forced} serves neither full nor windowed layers with DOCUMENT_MASK=1")
     chosen = {kind: next(name for name in names if not faults[name]) for kind, names in order.items()}
-    preferred = [name for name in faults if faults[name] and forced == "auto"]
-    return AttentionPlan(chosen["full"], chosen["windowed"], tuple(f"{name}: {faults[name]}" for name in preferred))
+    refused = [f"{name}: {fault}" for name, fault in faults.items() if fault and forced == "auto"]
+    fault = kernels.missing_triton(device)
+    if fault and cfg.fused_kernels == "1":
+        raise UserError(f"FUSED_KERNELS=1: {fault}")
+    refused += [f"triton: {fault}"] if fault else []
+    gdn = choose_gdn_backend(cfg, device) if "G" in cfg.pattern else "torch"
+    return Kernels(chosen["full"], chosen["windowed"], not fault and cfg.fused_kernels != "0", gdn, tuple(refused))
 
 
-def _serves(kind: str, cfg: Config) -> tuple[str, ...]:
-    if cfg.document_mask:
-        return ("flex", "plain")
-    if cfg.attn_sink and kind == "windowed":  # the sink lies outside the window: only kernels that take an arbitrary mask
-        return ("flex", "plain")
-    return ("fa4", "fa3", "fa2", "flex", "plain") if kind == "windowed" else ("fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain")
+def package_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # raised, not returned, when the parent of a dotted name is missing
+        return False
 
 
 def attention_mask(t_query: int, t_key: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
@@ -765,17 +784,27 @@ def attention_mask(t_query: int, t_key: int, window: int, documents: Tensor | No
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sink: Tensor | None = None, documents: Tensor | None = None, backend: str = "plain"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int = 0,
+    sink: Tensor | None = None,
+    documents: Tensor | None = None,
+    boundaries: Tensor | None = None,
+    backend: str = "plain",
 ) -> Tensor:
     """Causal attention q [B,Tq,H,D] over k, v [B,Tk,Hkv,D], Tk ≥ Tq (the surplus is a cache of earlier keys). Returns [B,Tq,H,D].
 
     sink: one learned key per KV head [Hkv, D] with zero value, seen by every query: it only enlarges the softmax's denominator.
-    documents: int [B,Tk]; keys of other documents are hidden. Every backend computes the same function (`naive_attention`).
+    documents: int [B,Tk]; keys of other documents are hidden; fa4 takes them as `boundaries` (`kernels.document_boundaries`). Every backend computes the same function (`naive_attention`).
     """
     t_query, t_key = q.size(1), k.size(1)
     if t_query != t_key or (backend == "flex" and not torch.compiler.is_compiling()):
         backend = "plain"  # cached keys need a bottom-right mask; an uncompiled FlexAttention would materialize more than the mask
     masked = bool(window and window < t_key) or documents is not None
+    if backend == "fa4":
+        return kernels.flash_attention(q, k, v, window=window if window < t_key else 0, sink=sink, boundaries=boundaries)
     if backend == "plain" and not masked and t_query == t_key:
         backend = "flash"
     if sink is not None:
@@ -792,7 +821,7 @@ def attention(
         return _sdpa(q, k, v, attn_mask=mask)
     if backend == "flex":
         out = _flex_attention(q, k, v, window, documents, sink is not None)
-    elif backend in ("fa2", "fa3", "fa4"):
+    elif backend in ("fa2", "fa3"):
         out = _flash_attention_package(q, k, v, window if masked else 0, backend)
     elif backend == "cudnn" and not torch.are_deterministic_algorithms_enabled():  # its backward adds in no fixed order
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
@@ -857,12 +886,9 @@ def _flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Ten
 def _flash_attention_package(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
     if backend == "fa2":
         from flash_attn import flash_attn_func
-    elif backend == "fa3":
-        from flash_attn_interface import flash_attn_func
     else:
-        from flash_attn.cute import flash_attn_func
-    unlimited = None if backend == "fa4" else -1
-    how = {"window_size": (window - 1 if window else unlimited, 0 if window else unlimited)}
+        from flash_attn_interface import flash_attn_func
+    how = {"window_size": (window - 1, 0) if window else (-1, -1)}
     if torch.are_deterministic_algorithms_enabled():
         how["deterministic"] = True
     out = flash_attn_func(q, k, v, causal=True, **how)
@@ -1080,23 +1106,46 @@ class FakeQuantize(nn.Module):
 class Linear(nn.Module):
     """y = W x, the only matrix product with a learned matrix in the model, so that kernels, QAT and adapters have one place to go.
 
-    W is float32 [out, in] and computes in x's dtype. `adapter` (LoRA) adds its output; calibration attaches forward pre-hooks.
+    W is float32 [out, in] and computes in x's dtype. `adapter` (LoRA) adds its output; `observer` (calibration) is shown each input.
     """
 
     def __init__(self, in_features: int, out_features: int, init: str = "orthogonal"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.adapter: nn.Module | None = None
+        self.observer: Callable[[Tensor], None] | None = None
         self.fake_quantize: FakeQuantize | None = None
         if init == "orthogonal":
             nn.init.orthogonal_(self.weight)
         else:
             nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def bare(self) -> bool:
+        """Nothing is attached that needs to see the input: a kernel that takes the matrix alone may serve."""
+        return self.adapter is None and self.observer is None
+
+    def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The matrix to multiply by. `scale` [out] multiplies the outputs: on the weights it costs no pass over activations."""
         weight = self.weight if self.fake_quantize is None else self.fake_quantize(self.weight)
-        y = F.linear(x, weight.to(x.dtype))
-        return y if self.adapter is None else y + self.adapter(x)
+        return (weight if scale is None else weight * scale[:, None]).to(dtype)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return joint_linear(x, (self,), scale)[0]
+
+
+def joint_linear(x: Tensor, linears: Sequence[Linear], scale: Tensor | None = None) -> list[Tensor]:
+    """The outputs of several linear layers that read the same x, as one matrix product."""
+    for linear in linears:
+        if linear.observer is not None:
+            linear.observer(x)
+    matrices = [linear.matrix(x.dtype, scale) for linear in linears]
+    parts = F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0]).split([m.size(0) for m in matrices], -1)
+    for index, linear in enumerate(linears):
+        if linear.adapter is not None:
+            extra = linear.adapter(x)
+            parts = (*parts[:index], parts[index] + (extra if scale is None else extra * scale.to(x.dtype)), *parts[index + 1 :])
+    return list(parts)
 
 
 class DecodeState:
@@ -1145,11 +1194,10 @@ class ForwardContext:
     cos: Tensor  # [T, rope_dims/2]
     sin: Tensor
     continues: list[Tensor]  # bool [B,T] each: position t-1 (t-2, …) exists and is of the same document
-    documents: (
-        Tensor | None
-    )  # number of each position's document, int [B,T]; [B, capacity] in a text that goes on. Only under DOCUMENT_MASK
-    plan: AttentionPlan
-    gdn_backend: str
+    # number of each position's document, int [B,T]; [B, capacity] in a text that goes on. Only under DOCUMENT_MASK
+    documents: Tensor | None
+    boundaries: Tensor | None  # int32 [documents + 1, padded]: the same for fa4
+    kernels: Kernels
     state: DecodeState | None = None
     goes_on: bool = False  # the state already holds a text, which this forward continues
     call: int = 0  # index of the layer call within the forward: recurrence calls a layer several times, each with its own state
@@ -1207,7 +1255,7 @@ class ForwardContext:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Mixers: a class with forward(x, ctx) and a line in MIXERS each
+# Mixers: a class with forward(x, ctx, scale) and a line in MIXERS each. `scale` [C] multiplies the output, through the last product's matrix
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1235,22 +1283,24 @@ class CausalAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(self.heads, cfg.attn_gate_width)) if cfg.attn_gate_width else None
         self.gate_scale, self.gate_max = cfg.attn_gate_scale, cfg.attn_gate_max
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        q = rms_norm(self.c_q(x).unflatten(-1, (self.heads, self.head_dim)))
-        k = rms_norm(self.c_k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
-        v = self.c_v(x)
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+        q, k, v = joint_linear(x, (self.c_q, self.c_k, self.c_v))
+        q = rms_norm(q.unflatten(-1, (self.heads, self.head_dim)))
+        k = rms_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
         if self.ve_scale is not None:
             v = v + 0.1 * self.ve_scale.to(x.dtype) * ctx.value_embedding
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         q = rotate(q, ctx.cos, ctx.sin) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(k, ctx.cos, ctx.sin)
         o = self._attend(q, k, v, ctx)
-        if self.xsa:
-            o = exclusive(o, v)
+        gate = None
         if self.gate is not None:
-            gate = torch.sigmoid(self.gate_scale * F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype)))
-            o = o * (self.gate_max * gate)[..., None]
-        return self.proj(o.flatten(-2))
+            gate = torch.sigmoid(self.gate_scale * F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype))) * self.gate_max
+        if self.xsa:
+            o = (kernels.exclusive_gate if ctx.kernels.fused else kernels.plain_exclusive_gate)(o, v, gate)
+        elif gate is not None:
+            o = o * gate[..., None]
+        return self.proj(o.flatten(-2), scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.state is not None:
@@ -1258,8 +1308,8 @@ class CausalAttention(nn.Module):
             if ctx.goes_on:
                 mask = ctx.cache_mask(q.size(1), self.window, keys.size(2), self.sink is not None)
                 return cached_attention(q, keys, values, mask)
-        backend = ctx.plan.windowed if self.windowed else ctx.plan.full
-        return attention(q, k, v, window=self.window, sink=self.sink, documents=ctx.documents, backend=backend)
+        backend = ctx.kernels.windowed if self.windowed else ctx.kernels.full
+        return attention(q, k, v, window=self.window, sink=self.sink, documents=ctx.documents, boundaries=ctx.boundaries, backend=backend)
 
 
 class SlidingWindowAttention(CausalAttention):
@@ -1293,8 +1343,10 @@ class GatedDeltaNet(nn.Module):
         dt = torch.empty(self.v_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
+        *qkv, z, a, b = joint_linear(x, projections)
+        qkv = torch.cat(qkv, -1)
         taps = self.conv.to(x.dtype)[:, 0].flip(-1).unbind(-1)  # taps[n] weighs position t-n
         mixed = qkv * taps[0]
         if self.taps > 1:
@@ -1305,17 +1357,17 @@ class GatedDeltaNet(nn.Module):
         feature = F.silu if self.feature_map == "silu" else lambda y: F.elu(y) + 1
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (feature(q), feature(k), F.silu(v)))
         q, k = (F.normalize(y.float(), dim=-1).to(x.dtype) for y in (q, k))
-        beta = torch.sigmoid(self.b_proj(x).float())
-        g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
+        beta = torch.sigmoid(b.float())
+        g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)
         if ctx.documents is not None:
             # A decay of e^-50 forgets everything before a document's start to below float32's resolution, and stays finite where
             # the chunked kernels take differences of running sums.
             g = g.masked_fill(~ctx.continues[0][..., None], -50.0)
-        o, final = gated_delta_rule(q, k, v, g, beta, ctx.recall("gdn"), ctx.gdn_backend, keep_state=ctx.state is not None)
+        o, final = gated_delta_rule(q, k, v, g, beta, ctx.recall("gdn"), ctx.kernels.gdn, keep_state=ctx.state is not None)
         if final is not None:
             ctx.remember("gdn", final)
         o = rms_norm(o) if self.output_norm else o
-        return self.o_proj(o.flatten(-2) * F.silu(self.g_proj(x)))
+        return self.o_proj(o.flatten(-2) * F.silu(z), scale)
 
 
 class TokenShift(nn.Module):
@@ -1329,12 +1381,12 @@ class TokenShift(nn.Module):
         self.w_r, self.w_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, cfg.model_dim)
         self.w_v = Linear(cfg.model_dim, cfg.model_dim, init="zero")
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
         (previous,) = ctx.shifted(x, 1, "shift")
         blend_r, blend_k = torch.sigmoid(self.mu_r).to(x.dtype), torch.sigmoid(self.mu_k).to(x.dtype)
         x_r = torch.lerp(previous, x, blend_r)
         x_k = torch.lerp(previous, x, blend_k)
-        return torch.sigmoid(self.w_r(x_r)) * self.w_v(F.relu(self.w_k(x_k)).square())
+        return torch.sigmoid(self.w_r(x_r)) * self.w_v(F.relu(self.w_k(x_k)).square(), scale)
 
 
 MIXERS = {"A": CausalAttention, "S": SlidingWindowAttention, "G": GatedDeltaNet, "T": TokenShift}
@@ -1437,25 +1489,23 @@ class MLP(nn.Module):
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim, init="zero")
         self.act = cfg.mlp_act
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.fc(x)
-        if self.act == "leaky_relu2":
-            h = F.leaky_relu(h, 0.5)
-        elif self.act == "relu2":
-            h = F.relu(h)
-        else:
-            h = F.silu(h)
-        return self.proj(h.square())
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+        if ctx.kernels.fused and self.act in kernels.FUSED_ACTIVATIONS and self.fc.bare and self.proj.bare:
+            return kernels.fused_mlp(x, self.fc.matrix(x.dtype), self.proj.matrix(x.dtype, scale), self.act)
+        return self.proj(kernels.squared_activation(self.fc(x), self.act), scale)
 
 
-def output_head(x: Tensor, weight: Tensor, targets: Tensor | None, cap: float, reduction: str) -> Tensor:
-    """Softcapped logits of x [B,n,C] over the tied embedding [V,C]; with targets [B,n] their cross-entropy in nats.
+def output_head(x: Tensor, norm: nn.Module, weight: Tensor, targets: Tensor | None, cap: float, reduction: str, fused: bool) -> Tensor:
+    """Softcapped logits of norm(x), x [B,n,C] or the two lanes [2,B,n,C], over the tied embedding [V,C]; with targets [B,n] their cross-entropy in nats.
 
     Training multiplies in x's dtype. Scores and distributions multiply in float32 (TF32 on CUDA): a bf16 logit of 20 is rounded to 1/8, which
     would show as noise of that size in single tokens' scores.
     """
+    x = norm(x.mean(0) if x.dim() == 4 else x)
     if targets is None or reduction != "mean":
         x = x.float()
+    elif fused and torch.is_grad_enabled():
+        return kernels.softcap_cross_entropy(x, weight.to(x.dtype), targets, cap)
     logits = softcap(F.linear(x, weight.to(x.dtype)).float(), cap)
     if targets is None:
         return logits
@@ -1481,29 +1531,46 @@ class Block(nn.Module):
         if self.lanes == 2:
             self.lane_keep, self.lane_write = nn.Parameter(torch.full((2,), 1.1)), nn.Parameter(torch.ones(2, 2))
 
-    def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor) -> Tensor:
-        """x, x0 [B,T,C]; x [2,B,T,C] with two lanes. `scale` multiplies the norms; a tensor, so that layers of one kind share one compiled
-        graph. Returns x's shape."""
-        mix, a, b, scale = (p.to(x.dtype) for p in (self.resid_mix, self.mixer_scale, self.mlp_scale, scale))
+    def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None = None) -> Tensor:
+        """x, x0 [B,T,C] -> [B,T,C]; with two lanes x is [2,B,T,C], or [B,T,C] where they begin, and so is the result. `scale` multiplies
+        the norms; a tensor, so that layers of one kind share one compiled graph."""
+        mix, scale = self.resid_mix.to(x.dtype), scale.to(x.dtype)
+        lanes = list(x) if x.dim() == 4 else [x] * self.lanes
+        if skip is not None:  # skips go into the first lane
+            lanes[0] = torch.lerp(skip.weight.to(x.dtype) * skip.kept, lanes[0], torch.sigmoid(skip.gate).to(x.dtype))
+        x = lanes[0]
         if self.lanes == 2:
-            mixed = a * self.mixer(rms_norm(mix[0] * x[0] + mix[1] * x0) * scale, ctx)
-            hidden = b * self.mlp(rms_norm(x[1]) * scale)
+            mixed = self.mixer(rms_norm(mix[0] * x + mix[1] * x0) * scale, ctx, self.mixer_scale)
+            hidden = self.mlp(rms_norm(lanes[1]) * scale, ctx, self.mlp_scale)
             keep, write = self.lane_keep.to(x.dtype), self.lane_write.to(x.dtype)
-            return torch.stack([keep[lane] * x[lane] + write[0, lane] * mixed + write[1, lane] * hidden for lane in range(2)])
+            return torch.stack([keep[n] * lanes[n] + write[0, n] * mixed + write[1, n] * hidden for n in range(2)])
         x_in = mix[0] * x + mix[1] * x0
         normed = rms_norm(x_in) * scale
-        x = x_in + a * self.mixer(normed, ctx)
-        return x + b * self.mlp(normed if self.parallel else rms_norm(x) * scale)
+        x = x_in + self.mixer(normed, ctx, self.mixer_scale)
+        return x + self.mlp(normed if self.parallel else rms_norm(x) * scale, ctx, self.mlp_scale)
 
 
-def run_block(block: Block, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor) -> Tensor:
-    return block(x, x0, ctx, scale)
+class Skip(NamedTuple):
+    """A gated U-Net skip into a block: lerp(weight · kept, x, σ(gate))."""
+
+    kept: Tensor  # [B,T,C], what a block of the first half put out
+    weight: Tensor  # [C]
+    gate: Tensor  # [C]
+
+
+def run_embedding(model: GPT, input_ids: Tensor, previous: list[Tensor], ctx: ForwardContext) -> Tensor:
+    return model.embed(input_ids, previous, ctx)
+
+
+def run_block(block: Block, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None) -> Tensor:
+    return block(x, x0, ctx, scale, skip)
 
 
 @dataclass(frozen=True)
 class Regions:
     """The parts of the forward that COMPILE=blocks compiles one by one."""
 
+    embedding: Callable[..., Tensor] = run_embedding
     block: Callable[..., Tensor] = run_block
     head: Callable[..., Tensor] = output_head
 
@@ -1535,7 +1602,7 @@ class GPT(nn.Module):
         self.register_buffer("norm_scales", torch.tensor(scales), persistent=False)
         self.looping = False  # depth recurrence on; part of what a saved model must remember
         self.compute_dtype = torch.float32
-        self.attention_plan, self.gdn_backend = AttentionPlan("flash", "plain"), "torch"
+        self.kernels = Kernels()
         self.lookback = max(2, cfg.gdn_conv_size - 1)
         if cfg.late_qat_threshold or cfg.qat_last_frac:
             for name, module in self.named_modules():
@@ -1550,7 +1617,7 @@ class GPT(nn.Module):
         segment = layers[cfg.loop_start : cfg.loop_end + 1]
         return layers[: cfg.loop_end + 1] + segment * cfg.num_loops + layers[cfg.loop_end + 1 :]
 
-    def _context(self, ids: Tensor, state: DecodeState | None) -> tuple[ForwardContext, list[Tensor]]:
+    def _context(self, ids: Tensor, state: DecodeState | None, boundaries: Tensor | None) -> tuple[ForwardContext, list[Tensor]]:
         """The forward's context, and the ids delayed by 1, 2, … for the n-gram tables."""
         cfg, (batch, length), back = self.cfg, ids.shape, self.lookback
         begins = ids == BOS_ID
@@ -1583,7 +1650,9 @@ class GPT(nn.Module):
         dims = cfg.rope_dims or cfg.head_dim
         frequency = cfg.rope_base ** (-torch.arange(0, dims, 2, device=ids.device, dtype=torch.float32) / dims)
         angle = positions.float()[:, None] * frequency
-        ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, self.attention_plan, self.gdn_backend, state, goes_on)
+        if boundaries is None and cfg.document_mask and not goes_on and "fa4" in (self.kernels.full, self.kernels.windowed):
+            boundaries = kernels.document_boundaries(ids == BOS_ID)
+        ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, boundaries, self.kernels, state, goes_on)
         return ctx, previous
 
     def forward(
@@ -1594,55 +1663,58 @@ class GPT(nn.Module):
         reduction: str = "mean",
         score_last: int = 0,
         state: DecodeState | None = None,
+        boundaries: Tensor | None = None,
     ) -> Tensor:
         """Loss or logits of next-token prediction.
 
         input_ids, target_ids: int64 [B,T]. score_last = n > 0 computes the head for the last n positions alone; n below is then that, else T.
         Returns with targets: the mean loss in nats (float32 scalar), or with reduction="none" the loss a token [B,n];
         without targets: float32 logits [B,n,V], softcapped: their log_softmax is the model's distribution.
-        `state` carries a stream over consecutive calls (positions, caches, recurrent states); it is updated in place.
+        `state` carries a stream over consecutive calls (positions, caches, recurrent states); it is updated in place. `boundaries` are the
+        documents' starts as `kernels.document_boundaries` gives them, for a caller who has them without waiting for the GPU.
         """
-        cfg, dtype = self.cfg, self.compute_dtype
-        ctx, previous = self._context(input_ids, state)
+        ctx, previous = self._context(input_ids, state, boundaries)
         ctx.call = -1  # the embedding side's own slots
+        x = self.regions.embedding(self, input_ids, previous, ctx)
+        if self.value_embed is not None:
+            ctx.value_embedding = self.value_embed(input_ids, self.compute_dtype)
+        x = self._run_layers(x, ctx)
+        if state is not None:
+            state.advance(input_ids.size(1))
+        x = x[..., -score_last:, :] if score_last else x
+        targets = target_ids[:, -score_last:] if score_last and target_ids is not None else target_ids
+        head = self.regions.head
+        return head(x, self.final_norm, self.tok_emb.weight, targets, self.cfg.logit_softcap, reduction, self.kernels.fused)
+
+    def embed(self, input_ids: Tensor, previous: list[Tensor], ctx: ForwardContext) -> Tensor:
+        """The residual stream's start [B,T,C]: token and hashed n-gram embeddings, normalized, then smeared."""
+        dtype = self.compute_dtype
         x = self.tok_emb(input_ids).to(dtype)
         if self.bigram is not None:
             x = x + self.bigram(input_ids, previous, ctx.continues, dtype)
         if self.eval_hash is not None:
             x = x + self.eval_hash(input_ids, previous, ctx.continues, dtype)
-        if self.smear is not None and cfg.smear_form == "lambda":
+        if self.smear is not None and self.cfg.smear_form == "lambda":
             x = self.smear(x, ctx)
         x = rms_norm(x)
-        if self.smear is not None and cfg.smear_form == "lerp":
-            x = self.smear(x, ctx)
-        if self.value_embed is not None:
-            ctx.value_embedding = self.value_embed(input_ids, dtype)
-        x = self._run_layers(x, ctx)
-        if state is not None:
-            state.advance(input_ids.size(1))
-        x = self.final_norm(x[:, -score_last:] if score_last else x)
-        targets = target_ids[:, -score_last:] if score_last and target_ids is not None else target_ids
-        return self.regions.head(x, self.tok_emb.weight, targets, self.cfg.logit_softcap, reduction)
+        return self.smear(x, ctx) if self.smear is not None and self.cfg.smear_form == "lerp" else x
 
     def _run_layers(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         cfg, x0 = self.cfg, x.view_as(x)  # another tensor object: "x is x0" would cost the first block a graph of its own
         order = self.layer_order(self.looping)
         looped = range(cfg.loop_start, cfg.loop_end + 1) if self.looping and cfg.num_loops else ()
-        half, kept, lanes = len(order) // 2, [], 1
+        half, kept = len(order) // 2, []
         for call, layer in enumerate(order):
             ctx.call = call
-            if self.blocks[layer].lanes > lanes:
-                x, lanes = torch.stack((x, x)), 2
-            if cfg.unet_skips and call >= half and kept:  # skips come from and go into the first lane
-                index = call - half
-                weight, gate = self.skip_weights[index].to(x.dtype), torch.sigmoid(self.skip_gates[index]).to(x.dtype)
-                skipped = torch.lerp(weight * kept.pop(), x[0] if lanes == 2 else x, gate)
-                x = torch.stack((skipped, x[1])) if lanes == 2 else skipped
+            skip = None
+            if cfg.unet_skips and call >= half and kept:
+                skip = Skip(kept.pop(), self.skip_weights[call - half], self.skip_gates[call - half])
             scale = self.norm_scales[layer] * (cfg.loop_ln_scale if layer in looped else 1.0)
-            x = self.regions.block(self.blocks[layer], x, x0, ctx, scale)
+            x = self.regions.block(self.blocks[layer], x, x0, ctx, scale, skip)
             if cfg.unet_skips and call < half:
-                kept.append(x[0] if lanes == 2 else x)
-        return x.mean(0) if lanes == 2 else x
+                first = x[0] if x.dim() == 4 else x
+                kept.append(first.view_as(first))  # the middle block gets x and this: were they one object, it would need a graph of its own
+        return x
 
 
 def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
@@ -1653,8 +1725,7 @@ def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
         model = GPT(cfg)
     model.to(device)
     model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model.attention_plan = plan_attention(cfg, device, compile_mode(cfg, device) != "0")
-    model.gdn_backend = choose_gdn_backend(cfg, device) if "G" in cfg.pattern else "torch"
+    model.kernels = plan_kernels(cfg, device, compile_mode(cfg, device) != "0")
     return model
 
 
@@ -1678,7 +1749,7 @@ def maybe_compile(model: GPT) -> Callable[..., Tensor]:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if mode == "whole":
         return torch.compile(model, dynamic=False, fullgraph=True)
-    compiled = Regions(*(torch.compile(region, dynamic=False, fullgraph=True) for region in (run_block, output_head)))
+    compiled = Regions(*(torch.compile(region, dynamic=False, fullgraph=True) for region in (run_embedding, run_block, output_head)))
 
     def forward(*args, **kwargs) -> Tensor:
         eager, model.regions = model.regions, compiled
@@ -1745,6 +1816,14 @@ def parameter_table(model: GPT, cfg: Config) -> list[ParamSpec]:
     return table
 
 
+def nesterov(grads: list[Tensor], buffer: Tensor, momentum: Tensor) -> Tensor:
+    """Advance the momentum buffer [N,R,C] by the gradients (a mean, in place) and return the Nesterov look-ahead. Compiled on CUDA: one pass."""
+    stacked = torch.stack(grads)
+    buffer.lerp_(stacked, 1 - momentum)
+    ahead = torch.lerp(stacked, buffer, momentum)
+    return ahead.bfloat16() if ahead.is_cuda else ahead
+
+
 class Muon:
     """Momentum, orthogonalized: each matrix moves by the Newton-Schulz factor of its Nesterov momentum (Jordan et al., 2024).
 
@@ -1759,14 +1838,14 @@ class Muon:
             if spec.optimizer == "muon":
                 groups.setdefault((spec.shape, spec.lr, spec.weight_decay), []).append(spec)
         self.groups = [(specs, torch.zeros(len(specs), *specs[0].shape, device=ctx.device)) for specs in groups.values()]
+        self.nesterov = nesterov if compile_mode(cfg, ctx.device) == "0" else torch.compile(nesterov, dynamic=False, fullgraph=True)
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, wd_scale: float = 1.0) -> None:
         cfg, world = self.cfg, self.ctx.world_size
+        factor = torch.full((), momentum, device=self.ctx.device)  # a tensor: a number would be compiled in
         for specs, buffer in self.groups:
-            grads = torch.stack([spec.param.grad for spec in specs])
-            buffer.lerp_(grads, 1 - momentum)
-            update = grads.lerp_(buffer, momentum)
+            update = self.nesterov([spec.param.grad for spec in specs], buffer, factor)
             share = -(-len(specs) // world)
             if world > 1:
                 update = F.pad(update, (0, 0, 0, 0, 0, share * world - len(specs)))
@@ -2417,6 +2496,10 @@ class Trainer:
             raise UserError(
                 f"a step takes {self.batch.tokens:,} tokens, but the training shards hold {stream.total_tokens:,}: lower TRAIN_BATCH_TOKENS"
             )
+        self._build(stream)
+
+    def _build(self, stream: TokenStream) -> None:
+        cfg, ctx = self.cfg, self.ctx
         torch.manual_seed(cfg.seed)  # run-time draws (QAT noise); every rank the same
         model = build_model(cfg, ctx.device)
         ema = [param.detach().clone() for param in model.parameters()] if cfg.ema_decay else []
@@ -2435,7 +2518,10 @@ class Trainer:
         for micro in range(batch.accumulation):
             first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
             inputs, targets = state.stream.sequences(first, batch.per_micro, batch.seq_len, self.ctx.device)
-            micro_loss = self.forward(inputs, targets) / batch.accumulation
+            boundaries = None
+            if self.cfg.document_mask and "fa4" in (state.model.kernels.full, state.model.kernels.windowed):
+                boundaries = state.stream.boundaries(first, batch.per_micro, batch.seq_len, self.ctx.device)
+            micro_loss = self.forward(inputs, targets, boundaries=boundaries) / batch.accumulation
             micro_loss.backward()
             loss += micro_loss.detach()
         state.optimizers.reduce_gradients(loss)
@@ -2691,10 +2777,8 @@ def banner(trainer: Trainer) -> None:
             ctx.log(f"  {line}")
     for line in describe(model, cfg):
         ctx.log(line)
-    plan = model.attention_plan
-    ctx.log(f"attention: full {plan.full}, windowed {plan.windowed}" + (f" (not: {'; '.join(plan.refused)})" if plan.refused else ""))
-    if "G" in cfg.pattern:
-        ctx.log(f"gated delta rule: {model.gdn_backend}")
+    for line in model.kernels.lines():
+        ctx.log(line)
     ctx.log(
         f"batch: {batch.sequences} x {batch.seq_len} = {batch.tokens:,} tokens a step, {batch.per_micro} sequences a "
         f"micro-batch, {batch.accumulation} micro-batches on each of {ctx.world_size} ranks"
@@ -2708,9 +2792,134 @@ def banner(trainer: Trainer) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmark
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SyntheticStream(TokenStream):
+    """Random tokens in documents of 800 on average: a benchmark needs no data, and its speed does not depend on them."""
+
+    def __init__(self, vocab_size: int, tokens: int):
+        rng = np.random.default_rng(0)
+        shard = rng.integers(2, vocab_size, tokens, dtype=np.uint16)
+        shard[rng.random(tokens) < 1 / 800] = BOS_ID
+        self.paths, self.shards, self.starts = ["synthetic"], [shard], np.array([0, tokens])
+        self.vocab_size, self.position = vocab_size, 0
+
+
+class Benchmark(Trainer):
+    """Speed of a preset's training step on this machine, and where its time goes."""
+
+    STEPS = 10
+
+    def __init__(self, cfg: Config, ctx: RunContext):
+        self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.runs_dir)
+        self.batch = plan_batch(cfg, ctx)
+        self._build(SyntheticStream(cfg.vocab_size, self.batch.sequences * cfg.train_seq_len * 2 + 1))
+
+    def run(self) -> dict:
+        cfg, ctx, model = self.cfg, self.ctx, self.state.model
+        on_cuda = ctx.device.type == "cuda"
+        began = time.perf_counter()
+        self.run_step(0.0)
+        self.synchronize()
+        first_step = time.perf_counter() - began
+        self.compile_warmup()
+        device = torch.cuda.get_device_name(ctx.device) if on_cuda else "cpu"
+        peak = next((flops for chip, flops in PEAK_BF16_FLOPS.items() if chip in device), None)
+        tokens = self.batch.sequences * cfg.train_seq_len
+        report = {
+            "preset": os.environ.get("PRESET", ""), "device": device, "world_size": ctx.world_size, "torch": torch.__version__,
+            "triton": kernels.triton.__version__ if kernels.triton else None, "kernels": dataclasses.asdict(model.kernels),
+            "compile": compile_mode(cfg, ctx.device), "tokens_a_step": tokens, "micro_batch_tokens": self.batch.per_micro * cfg.train_seq_len,
+            "sequence_length": cfg.train_seq_len, "parameters": count_params(model), "first_step_seconds": first_step,
+            "peak_flops": peak, "phases": {},
+        }  # fmt: skip
+        for looping in [False, True] if cfg.num_loops else [False]:
+            model.looping = looping
+            for _ in range(2):
+                self.run_step(0.0)
+            self.synchronize()
+            began = time.perf_counter()
+            for _ in range(self.STEPS):
+                self.run_step(0.0)
+            self.synchronize()
+            seconds = (time.perf_counter() - began) / self.STEPS
+            flops = flops_per_token(model)
+            report["phases"]["looping" if looping else "plain"] = {
+                "tokens_per_second": tokens / seconds, "milliseconds": 1000 * seconds, "flops_per_token": flops,
+                "mfu": flops * tokens / seconds / ctx.world_size / peak if peak else None, "parts_ms": self.parts(),
+                "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
+            }  # fmt: skip
+        return report
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of one profiled step by part: the device's time (on a CPU its own) of every operation, sorted by name and shape."""
+        from torch.profiler import ProfilerActivity, profile
+
+        on_cuda = self.ctx.device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+        optimizers, update = self.state.optimizers, self.state.optimizers.step
+        outside = {}
+
+        def collect(into: dict, call: Callable[[], None]) -> None:
+            with profile(activities=activities, record_shapes=True) as profiled:
+                call()
+                self.synchronize()
+            for row in profiled.key_averages(group_by_input_shape=True):
+                spent = row.self_device_time_total if on_cuda else row.self_cpu_time_total
+                if spent:
+                    into[row.key, str(row.input_shapes)] = spent / 1000
+
+        whole: dict[tuple[str, str], float] = {}
+        optimizers.step = lambda *scales: None  # gradients stay for the optimizer's own profile
+        try:
+            collect(whole, lambda: self.run_step(0.0))
+        finally:
+            optimizers.step = update
+        collect(outside, lambda: update(0.0, self.cfg.muon_momentum))
+        totals = dict.fromkeys(("attention", "MLP", "head and loss", "mixers", "norms and residual", "optimizer", "rest"), 0.0)
+        totals["optimizer"] = sum(outside.values())
+        self.operations = sorted(((spent, *key) for key, spent in whole.items()), reverse=True)
+        for (name, shapes), spent in whole.items():
+            totals[self.part_of(name, shapes)] += spent
+        return totals
+
+    def part_of(self, name: str, shapes: str) -> str:
+        cfg, sizes = self.cfg, set(map(int, re.findall(r"\d+", shapes)))
+        if name.startswith("golf::mlp") or int(cfg.mlp_mult * cfg.model_dim) in sizes and name.startswith("aten::"):
+            return "MLP"
+        if name.startswith("golf::softcap") or "softmax" in name or cfg.vocab_size in sizes and name.startswith("aten::"):
+            return "head and loss"
+        if "attention" in name or "flex" in name:
+            return "attention"
+        if name.startswith(("golf::", "aten::mm", "aten::addmm")):  # what is left: q, k, v and output projections, XSA, GDN
+            return "mixers"
+        return "norms and residual" if name.startswith("triton_") else "rest"
+
+    def table(self, report: dict) -> list[str]:
+        lines = [
+            f"{report['preset'] or 'defaults'} on {ctx_name(report)}, torch {report['torch']}, Triton {report['triton']}: {report['tokens_a_step']:,} tokens a step, "
+            f"{report['micro_batch_tokens']:,} a micro-batch, sequences of {report['sequence_length']}, first step after {report['first_step_seconds']:.1f}s"
+        ]
+        names = list(next(iter(report["phases"].values()))["parts_ms"])
+        lines.append(f"{'':<8} {'tok/s':>8} {'ms':>8} {'MFU':>5} {'GiB':>5}  " + "  ".join(f"{name:>18}" for name in names))
+        for phase, row in report["phases"].items():
+            mfu = f"{row['mfu']:.0%}" if row["mfu"] else "-"
+            memory = f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "-"
+            times = "  ".join(f"{row['parts_ms'][name]:>15.2f} ms" for name in names)
+            lines.append(f"{phase:<8} {_si(row['tokens_per_second']):>8} {row['milliseconds']:>8.1f} {mfu:>5} {memory:>5}  {times}")
+        return lines + [f"kernels: {', '.join(f'{k} {v}' for k, v in report['kernels'].items() if k != 'refused')}"]
+
+
+def ctx_name(report: dict) -> str:
+    return f"{report['world_size']} x {report['device']}"
+
+
 def main() -> int:
     arguments = sys.argv[1:]
-    if unknown := [a for a in arguments if a not in ("--print-config", "--describe", "-h", "--help")]:
+    if unknown := [a for a in arguments if a not in ("--print-config", "--describe", "--bench", "-h", "--help")]:
         raise UserError(f"unknown argument {unknown[0]}: hyperparameters are environment variables; see --print-config")
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
@@ -2725,6 +2934,17 @@ def main() -> int:
         print("\n".join(describe(model, cfg)))
         return 0
     ctx = setup_distributed(cfg.device)
+    if "--bench" in arguments:
+        benchmark = Benchmark(cfg, ctx)
+        report = benchmark.run()
+        ctx.log("\n".join(benchmark.table(report)))
+        if ctx.is_main:
+            path = Path(cfg.runs_dir) / f"bench-{cfg.run_id or new_run_id(os.environ.get('PRESET', ''))}.json"
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(report, indent=1))
+            ctx.log(f"-> {path}")
+        ctx.close()
+        return 0
     try:
         run_id = ctx.broadcast_object(cfg.run_id or new_run_id(os.environ.get("PRESET", "")))
         cfg = dataclasses.replace(cfg, run_id=run_id)

@@ -99,6 +99,7 @@ if triton is not None:
                 out_desc.store([row, column + HALF], _squared_activation(right, LEAKY))
 
 
+FUSED_ACTIVATIONS = ("leaky_relu2", "relu2")
 MLP_TILES = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8}
 MLP_STAGES = {False: 4, True: 3}  # forward, backward: what fits shared memory beside the epilogue's tiles
 
@@ -248,7 +249,9 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float
 if triton is not None:
 
     @triton.jit
-    def _exclusive_forward(o, v, gate, y, M, v_stride, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, GATED: tl.constexpr):
+    def _exclusive_forward(
+        o, v, gate, y, M, v_stride, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, GATED: tl.constexpr
+    ):
         rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
         head = tl.program_id(1)
         here = rows < M
@@ -283,9 +286,7 @@ if triton is not None:
             share = tl.sum(out * value, 1) * inverse
             if GATED:
                 gate_at = rows * (K * G) + head * G + g
-                tl.store(
-                    d_gate + gate_at, tl.sum(incoming * (out - share[:, None] * value), 1).to(d_gate.dtype.element_ty), mask=here
-                )
+                tl.store(d_gate + gate_at, tl.sum(incoming * (out - share[:, None] * value), 1).to(d_gate.dtype.element_ty), mask=here)
                 incoming = incoming * tl.load(gate + gate_at, mask=here, other=0.0).to(tl.float32)[:, None]
             along = tl.sum(incoming * value, 1) * inverse
             tl.store(d_o + at, (incoming - along[:, None] * value).to(d_o.dtype.element_ty), mask=here[:, None])

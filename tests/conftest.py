@@ -11,6 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: their arithmetic is checked without a GPU
 torch.set_num_threads(1)  # models this small gain nothing from two, and lose much where cores are shared
 
 # Small enough that a step takes milliseconds, with every kind of mixer in it.

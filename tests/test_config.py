@@ -214,13 +214,13 @@ def test_attention_plan_says_why_not():
     import torch
 
     cfg, cpu = T.resolve_config({}), torch.device("cpu")
-    plan = T.plan_attention(cfg, cpu, compiled=False)
+    plan = T.plan_kernels(cfg, cpu, compiled=False)
     assert (plan.full, plan.windowed) == ("flash", "plain") and any("fa3: needs a Hopper GPU" in reason for reason in plan.refused)
-    assert T.plan_attention(cfg.replace(document_mask=True), cpu, False).full == "plain"
-    assert T.plan_attention(cfg.replace(attention_backend="plain"), cpu, False).full == "plain"
+    assert T.plan_kernels(cfg.replace(document_mask=True), cpu, False).full == "plain"
+    assert T.plan_kernels(cfg.replace(attention_backend="plain"), cpu, False).full == "plain"
     for backend in ("fa3", "cudnn"):
         with pytest.raises(T.UserError, match=f"ATTENTION_BACKEND={backend}"):
-            T.plan_attention(cfg.replace(attention_backend=backend), cpu, False)
+            T.plan_kernels(cfg.replace(attention_backend=backend), cpu, False)
 
 
 def test_gdn_backend_on_the_cpu():

@@ -62,7 +62,7 @@ def test_attention_backends_match_naive(backend, case):
     """Every kernel in every case that it is chosen for. Skipped: kernels that need another GPU or a package that is not there."""
     cfg, kind = attention_case(case)
     try:
-        plan = T.plan_attention(cfg.replace(attention_backend=backend), DEVICE, compiled=True)
+        plan = T.plan_kernels(cfg.replace(attention_backend=backend), DEVICE, compiled=True)
     except T.UserError as error:
         pytest.skip(str(error))
     assert getattr(plan, kind) == backend

@@ -90,7 +90,7 @@ def test_neighbours_of_another_document_are_never_seen(part):
     stream, other = torch.randn(1, 20, 32), torch.randn(1, 20, 32)
     other[:, 11:] = stream[:, 11:]
     for batch, x in ((ids, stream), (changed, other)):
-        ctx, previous = model._context(batch, None)
+        ctx, previous = model._context(batch, None, None)
         if part.endswith("smear"):
             outputs.append(model.smear(x, ctx))
         elif part == "bigram":
@@ -143,7 +143,7 @@ def test_softcap_bounds_the_logits():
 
 
 def context(model, ids):
-    return model._context(ids, None)
+    return model._context(ids, None, None)
 
 
 def test_token_shift_matches_a_loop():
@@ -412,7 +412,7 @@ def test_blocks_of_one_kind_share_a_graph(monkeypatch):
         model.looping = looping
         with torch.no_grad():
             torch.testing.assert_close(forward(ids), model(ids), rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 6  # G, T, A, parallel A, parallel G, head
+    assert counter.frame_count == 9  # embedding, G, T, the same with a skip, A, parallel A, parallel G with a skip, head
 
 
 # --- parameters

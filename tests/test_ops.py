@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as T
+from parts import kernels
 
 
 def assert_same_with_gradients(ours, twin, inputs, tolerance=1e-4):
@@ -93,8 +94,9 @@ def test_exclusive_attention_matches_a_loop():
             rows.append(o[:, :, head] - (o[:, :, head] * unit).sum(-1, keepdim=True) * unit)
         return torch.stack(rows, 2)
 
-    assert_same_with_gradients(T.exclusive, loop, [o, v])
-    left = (T.exclusive(o, v) * v.repeat_interleave(2, 2)).sum(-1)
+    ungated = lambda o, v: kernels.plain_exclusive_gate(o, v, None)
+    assert_same_with_gradients(ungated, loop, [o, v])
+    left = (ungated(o, v) * v.repeat_interleave(2, 2)).sum(-1)
     assert left.abs().max() < 1e-5
 
 
@@ -162,14 +164,14 @@ def test_partial_rope_is_relative_and_leaves_the_rest():
     assert (dots[3, 1] - dots[3, 2]).abs() > 1e-3
 
 
-@pytest.mark.parametrize("forced", ["fa3", "fa2", "cudnn", "flash", "flex", "plain"])
+@pytest.mark.parametrize("forced", ["fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain"])
 @pytest.mark.parametrize("sink", [False, True])
 def test_a_forced_kernel_is_chosen_where_it_serves_and_nowhere_else(forced, sink, monkeypatch):
     """On a GPU that offers every Hopper kernel. A windowed layer with a sink sees one key outside its window: no causal kernel computes that."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(T.importlib.util, "find_spec", lambda package: object())
     cfg = T.resolve_config({"ATTN_SINK": str(int(sink)), "ATTENTION_BACKEND": forced})
-    plan = T.plan_attention(cfg, torch.device("cuda"), compiled=True)
+    plan = T.plan_kernels(cfg, torch.device("cuda"), compiled=True)
     assert plan.full == forced
-    masks = ("flex", "plain")
-    assert plan.windowed == (forced if forced in masks or (forced in ("fa3", "fa2") and not sink) else "flex" if sink else "fa3")
+    masks = ("fa4", "flex", "plain")
+    assert plan.windowed == (forced if forced in masks or (forced in ("fa3", "fa2") and not sink) else "fa4")

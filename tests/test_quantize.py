@@ -306,18 +306,15 @@ def test_hessians_see_every_call_of_every_linear(world):
     cfg = Config(**HYBRID, **paths(world))
     model = randomized(cfg)
     inputs: dict[str, list] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, train_gpt.Linear):
-            hook = lambda _, args, key=f"{name}.weight": inputs.setdefault(key, []).append(args[0].flatten(0, -2))
-            handles.append(module.register_forward_pre_hook(hook))
+    linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, train_gpt.Linear)}
+    for key, module in linears.items():
+        module.observer = lambda x, key=key: inputs.setdefault(key, []).append(x.flatten(0, -2))
     head = lambda _, args, out: inputs.setdefault("tok_emb.weight", []).append(out.flatten(0, -2))
-    handles.append(model.final_norm.register_forward_hook(head))
+    handle = model.final_norm.register_forward_hook(head)
     with torch.no_grad():
         for batch in Q.calibration_batches(cfg, RunContext(), cfg.gptq_calibration_batches):
             model(*batch)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     hessians, loss = Q.collect_hessians(model, cfg, RunContext())
     matrices = {spec.name for spec in train_gpt.parameter_table(model, cfg) if spec.param.dim() == 2 and spec.role != "control"}
     assert matrices == set(hessians), "a matrix without a Hessian"

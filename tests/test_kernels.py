@@ -1,0 +1,105 @@
+"""The Triton kernels against their plain twins: outputs and every gradient at odd sizes. Without a GPU they run under Triton's interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parts import kernels
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EXACT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the interpreter's dot takes no bfloat16
+
+
+def compare(ours, twin, inputs, tolerance):
+    """Relative error of the output and of each input's gradient, the twin in float32."""
+    results = []
+    for function, leaves in ((ours, inputs), (twin, [x.float() for x in inputs])):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = function(*leaves)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        results.append([out, *torch.autograd.grad(out, leaves, direction.to(out.dtype))])
+    for index, (a, b) in enumerate(zip(*results)):
+        error = (a.float() - b).norm() / b.norm()
+        assert error < tolerance, f"tensor {index}: {error:.1e}"
+
+
+def random(*shape, scale=1.0, dtype=torch.bfloat16):
+    return (torch.randn(shape) * scale).to(DEVICE, dtype)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    if DEVICE.type == "cpu":  # several tiles each way, ragged at every edge
+        monkeypatch.setattr(kernels, "MLP_TILES", {"BM": 16, "BN": 32, "BK": 16})
+
+
+@pytest.mark.parametrize("act", kernels.FUSED_ACTIVATIONS)
+@pytest.mark.parametrize("tokens,width,hidden", [(37, 24, 40), (16, 16, 32), (1, 48, 72)])
+def test_mlp(act, tokens, width, hidden, small_tiles):
+    inputs = [random(tokens, width, dtype=EXACT), random(hidden, width, scale=0.2, dtype=EXACT), random(width, hidden, dtype=EXACT)]
+    ours = lambda x, up, down: kernels.fused_mlp(x[None], up, down, act)[0]
+    compare(ours, lambda x, up, down: kernels.plain_mlp(x, up, down, act), inputs, 0.01)
+
+
+def test_the_sign_rides_in_the_lowest_bit(small_tiles):
+    """Stored values are within one bfloat16 step of the squared activation, without bias, and the sign is exact."""
+    x, up = random(64, 32, dtype=EXACT), random(96, 32, scale=0.2, dtype=EXACT)
+    post = kernels.mlp_up(x, up, True)
+    hidden = x.float() @ up.float().t()
+    exact = kernels.squared_activation(hidden, "leaky_relu2")
+    signs = (post.view(torch.int16) & 1).bool()
+    assert ((signs == (hidden > 0)) | (hidden.abs() < 1e-5)).all()
+    error = ((post.float() - exact) / exact)[hidden.abs() > 0.01]
+    assert error.abs().max() < 2**-7 and error.mean().abs() < 2**-12
+
+
+@pytest.mark.parametrize("tokens,vocabulary,cap", [(7, 50, 5.0), (3, 64, 30.0), (5, 1, 2.0)])
+def test_softcapped_cross_entropy(tokens, vocabulary, cap):
+    targets = torch.randint(0, vocabulary, (1, tokens), device=DEVICE)
+    inputs = [random(1, tokens, 24), random(vocabulary, 24)]
+
+    def twin(x, weight):
+        return F.cross_entropy((cap * torch.tanh(F.linear(x, weight) / cap))[0], targets[0]) * 0.7
+
+    ours = lambda x, weight: kernels.softcap_cross_entropy(x, weight, targets, cap) * 0.7
+    if vocabulary == 1:  # certain: no loss, no gradient
+        loss = ours(*[x.requires_grad_() for x in inputs])
+        assert loss == 0 and all(g.abs().max() == 0 for g in torch.autograd.grad(loss, inputs))
+    else:
+        compare(ours, twin, inputs, 0.015)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("batch,length,heads,kv_heads", [(2, 19, 4, 2), (1, 33, 3, 3), (1, 1, 8, 1)])
+def test_exclusive_gate(gated, batch, length, heads, kv_heads):
+    inputs = [random(batch, length, heads, 16), random(batch, length, kv_heads, 16)] + [random(batch, length, heads)] * gated
+    compare(
+        lambda o, v, gate=None: kernels.exclusive_gate(o, v, gate),
+        lambda o, v, gate=None: kernels.plain_exclusive_gate(o, v, gate),
+        inputs,
+        0.01,
+    )
+
+
+def test_exclusive_gate_reads_values_in_place():
+    """v may be a slice of the joint q, k, v product, and a value of zero changes nothing."""
+    joint = random(2, 9, 64)
+    v = joint[..., 32:].unflatten(-1, (2, 16))
+    v[0, 3] = 0
+    o = random(2, 9, 4, 16)
+    ours = kernels.exclusive_gate(o, v, None)
+    torch.testing.assert_close(ours.float(), kernels.plain_exclusive_gate(o.float(), v.float(), None), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(ours[0, 3], o[0, 3])
+
+
+def test_document_boundaries():
+    begins = torch.zeros(2, 6, dtype=torch.bool)
+    begins[0, 4] = begins[1, 0] = begins[1, 1] = True
+    assert kernels.document_boundaries(begins, bucket=4).tolist() == [0, 4, 6, 7, 12, 12, 12, 12]
+    assert kernels.document_boundaries(begins[:1], bucket=4).tolist() == [0, 4, 6, 6]
