@@ -2888,9 +2888,9 @@ class Benchmark(Trainer):
 
     def part_of(self, name: str, shapes: str) -> str:
         cfg, sizes = self.cfg, set(map(int, re.findall(r"\d+", shapes)))
-        if name.startswith("golf::mlp") or int(cfg.mlp_mult * cfg.model_dim) in sizes and name.startswith("aten::"):
+        if name.startswith("golf::mlp") or (int(cfg.mlp_mult * cfg.model_dim) in sizes and name.startswith("aten::")):
             return "MLP"
-        if name.startswith("golf::softcap") or "softmax" in name or cfg.vocab_size in sizes and name.startswith("aten::"):
+        if name.startswith("golf::softcap") or "softmax" in name or (cfg.vocab_size in sizes and name.startswith("aten::")):
             return "head and loss"
         if "attention" in name or "flex" in name:
             return "attention"

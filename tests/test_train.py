@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(train):
     assert settings["model_dim"] == 32 and meta["steps"] == 30 and meta["looping"] is False
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     log = (folder / "train.log").read_text()
-    for part in ("train_loss:", "tok/s:", "attention: full flash", "LAYER_PATTERN", "env", "parameters"):
+    for part in ("train_loss:", "tok/s:", "full attention flash", "LAYER_PATTERN", "env", "parameters"):
         assert part in log
     model = T.build_model(T.Config.from_dict(settings))
     T.load_weights(model, tensors)
