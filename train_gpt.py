@@ -1713,7 +1713,9 @@ class GPT(nn.Module):
             x = self.regions.block(self.blocks[layer], x, x0, ctx, scale, skip)
             if cfg.unet_skips and call < half:
                 first = x[0] if x.dim() == 4 else x
-                kept.append(first.view_as(first))  # the middle block gets x and this: were they one object, it would need a graph of its own
+                kept.append(
+                    first.view_as(first)
+                )  # the middle block gets x and this: were they one object, it would need a graph of its own
         return x
 
 
