@@ -54,7 +54,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: object) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_bytes(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        # A file name that is not text holds half surrogates: "backslashreplace" spells them as JSON does.
+        temporary.write_bytes(json.dumps(value, indent=1, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def read_json(path: str | Path) -> dict | None:

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import prepare, shards
+from data import builds, prepare, readers, shards
 from parts.files import UserError, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,29 +139,13 @@ def test_standalone_space_piece_exists_even_without_spaces():
     assert processor.decode(processor.encode("a b  c")) == "a b  c"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text(st.one_of(st.sampled_from(" \n\tabehrt<>"), st.characters(exclude_characters="▁", exclude_categories=["Cs"]))))
-def test_word_by_word_encoding_is_the_tokenizers(tokenizer, text):
-    model = tokenizer.read_bytes()
-    processor = shards.parse_tokenizer(model, "small")
-    encoder = prepare.Encoder(model, processor)
-    assert encoder.by_word
-    expected = processor.encode(text)
-    assert np.frombuffer(encoder.encode(text), "<u2").tolist() == expected
-    assert np.frombuffer(encoder.encode(text), "<u2").tolist() == expected  # now remembered
-    assert processor.decode(expected) == text
-    ids = np.array([1, *expected])
+def test_tokens_stand_for_the_bytes_of_any_text(tokenizer, text):
+    processor = shards.load_tokenizer(tokenizer)
+    ids = np.array([1, *processor.encode(text)])
+    assert processor.decode(ids[1:].tolist()) == text
     assert int(shards.ByteTable.from_tokenizer(processor).count(ids[:-1], ids[1:]).sum()) == len(text.encode())
-
-
-def test_encoder_forgets_without_changing_its_answers(tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare.Encoder, "LIMIT", 7)
-    model = tokenizer.read_bytes()
-    processor = shards.parse_tokenizer(model, "small")
-    encoder = prepare.Encoder(model, processor)
-    for text in DOCUMENTS[:20]:
-        assert np.frombuffer(encoder.encode(text), "<u2").tolist() == processor.encode(text)
-        assert len(encoder) <= 7
 
 
 def train_variant(tmp_path: Path, **options) -> Path:
@@ -172,35 +157,24 @@ def train_variant(tmp_path: Path, **options) -> Path:
     return path
 
 
-def test_tokenizers_that_join_words_are_not_applied_word_by_word(tmp_path):
-    """Pieces over word edges, a dummy prefix or a normalizer: each makes a word's tokens depend on its surroundings."""
-    plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
-    for change in ({"split_by_whitespace": False}, {"add_dummy_prefix": True}, {"remove_extra_whitespaces": True},
-                   {"normalization_rule_name": "nmt_nfkc"}):  # fmt: skip
-        model = train_variant(tmp_path, **{**plain, **change}).read_bytes()
-        processor = shards.parse_tokenizer(model, "variant")
-        encoder = prepare.Encoder(model, processor)
-        assert not encoder.by_word, change
-        assert np.frombuffer(encoder.encode("tea  is hot"), "<u2").tolist() == processor.encode("tea  is hot")
-    model = train_variant(tmp_path, **plain).read_bytes()
-    assert prepare.Encoder(model, shards.parse_tokenizer(model, "plain")).by_word
-
-
 def test_sample_is_bounded_and_free_of_order():
-    items = [((i * 7919 % 1000, i), "x" * (i % 13 + 1)) for i in range(1000)]
+    items = [((i * 7919 % 1000 * 1000 + i).to_bytes(16, "big"), b"x" * (i % 13 + 1)) for i in range(1000)]
     results = []
     for order in (items, items[::-1], items + items):
         sample = prepare.Sample(500)
         for key, text in order:
             sample.add(key, text)
+            assert sample.total < 1.25 * 500 + 13
         results.append(sample.texts())
-        assert 500 <= sample.total < 500 + 13
     assert results[0] == results[1] == results[2]
     expected = []  # in order of their keys, until the budget is reached
     for _, text in sorted(items):
         if sum(map(len, expected)) < 500:
-            expected.append(text)
+            expected.append(text.decode())
     assert results[0] == expected
+    book = prepare.Sample(400)
+    book.add(b"k", "é".encode() * 300)
+    assert book.texts() == ["é" * 50]  # a quarter of the budget
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,8 +256,8 @@ def test_processes_order_and_memory_limits_leave_the_bytes_alone(dataset, here, 
     expected = files_of(dataset / "datasets") | files_of(dataset / "tokenizers")
     assert files_of(here / "datasets") | files_of(here / "tokenizers") == expected
 
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(prepare, "READ_BYTES", 1_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(readers, "READ_BYTES", 1_000)
     monkeypatch.setattr(prepare, "RANGE_BYTES", 5_000)
     shutil.rmtree(here / "datasets")
     prepare_ok("in.jsonl", *options, "--out", "datasets/set", "--workers", 1)
@@ -304,7 +278,9 @@ def test_tokenizer_sees_training_documents_only(here):
         write_jsonl(here / "val.jsonl", make_documents(30, seed + 10))
         prepare_ok("train.jsonl", "--val", "val.jsonl", "--vocab-size", VOCAB, "--out", f"set{seed}", "--workers", 1)
         models.append((here / f"set{seed}.model").read_bytes())
-    assert models[0] == models[1]
+    write_jsonl(here / "both.jsonl", DOCUMENTS[:200] + make_documents(30, 12))
+    prepare_ok("both.jsonl", "--val", "val.jsonl", "--drop-overlap", "--vocab-size", VOCAB, "--out", "set3", "--workers", 1)
+    assert models[0] == models[1] == (here / "set3.model").read_bytes()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -335,11 +311,12 @@ def test_a_document_in_both_splits_is_an_error(here, tokenizer, capsys, train_on
     assert manifest_of(here / "sets/a")["dropped"]["train"] == {"duplicates": 20, "in_validation": 10}
 
 
-def test_hash_set_looks_at_all_16_bytes():
-    high, low = np.array([5, 5, 2**64 - 1], np.uint64), np.array([1, 2, 3], np.uint64)
-    held = prepare.HashSet(high, low)
-    assert held.contains(np.array([5, 5, 5, 2**64 - 1, 0], np.uint64), np.array([2, 1, 3, 3, 1], np.uint64)).tolist() == [
-        True, True, False, True, False]  # fmt: skip
+def test_membership_looks_at_all_16_bytes():
+    keys = np.array([b"\0" * 15 + b"\1", b"a" * 15 + b"\0", b"a" * 15 + b"b", b"\xff" * 16], "S16")
+    others = np.array([b"\0" * 15 + b"\2", b"a" * 16, b"\xff" * 15 + b"\xfe"], "S16")
+    mixed = np.array([others[0], keys[0], others[1], keys[2], keys[1], keys[3], others[2]], "S16")
+    assert prepare.is_among(mixed, keys).tolist() == [False, True, False, True, True, True, False]
+    assert not prepare.is_among(mixed, keys[:0]).any()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,17 +379,58 @@ def test_text_key(here, tokenizer, capsys):
 
 
 def test_long_documents_are_cut_at_newlines_and_lose_nothing(here, tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
     text = "".join(f"line {i} é\n" for i in range(500)) + "é" * 3000  # its end has no newline to cut at
     (here / "a.txt").write_text(text)
     write_jsonl(here / "b.jsonl", [text])
-    pieces = [p.decode() for p in prepare.split_document(text.encode())]
+    pieces = [p.decode() for p in readers.split_document(text.encode())]
     assert "".join(pieces) == text and max(len(p.encode()) for p in pieces) <= 1000
     assert all(p.endswith("\n") for p in pieces if p.startswith("line"))
     for name in ("a.txt", "b.jsonl"):
         write_jsonl(here / "train.jsonl", TEXTS)
         prepare_ok("train.jsonl", "--val", name, "--tokenizer", tokenizer, "--out", f"set.{name}", "--workers", 1)
         assert split_texts(here / f"set.{name}", tokenizer, "val") == list(dict.fromkeys(pieces))
+
+
+def test_links_are_followed_and_names_need_not_be_text(here, tokenizer, capsys):
+    """A corpus put together of links, one of them back into itself, and a file name in Latin-1."""
+    (here / "corpus/a").mkdir(parents=True)
+    (here / "elsewhere").mkdir()
+    write_jsonl(here / "corpus/a/a.jsonl", TEXTS[:20])
+    write_jsonl(here / "elsewhere/b.jsonl", TEXTS[20:40])
+    write_jsonl(here / "single.jsonl", TEXTS[40:50])
+    for link, target in (("b", "../elsewhere"), ("c.jsonl", "../single.jsonl"), ("a/loop", "..")):
+        (here / "corpus" / link).symlink_to(target)
+    with open(b"corpus/caf\xe9.txt", "w") as file:
+        file.write(TEXTS[50])
+    command = ("corpus", "--tokenizer", tokenizer, "--out", "set", "--val-fraction", 0.2, "--workers", 1)
+    prepare_ok(*command)
+    assert Counter(split_texts(here / "set", tokenizer, "train") + split_texts(here / "set", tokenizer, "val")) == Counter(TEXTS[:51])
+    with open(b"corpus/caf\xe9.txt", "wb") as file:
+        file.write(b"\xff")
+    assert r"caf\udce9.txt: not UTF-8 text" in refused(capsys, *command, "--overwrite")
+    os.unlink(b"corpus/caf\xe9.txt")
+    (here / "single.jsonl").unlink()
+    assert "c.jsonl: not a file, or a link to nothing" in refused(capsys, *command, "--overwrite")
+    os.rename("elsewhere", b"\xe9")
+    prepare_ok(os.fsdecode(b"\xe9"), *command[1:4], "other", *command[5:])
+    assert os.fsencode(manifest_of(here / "other")["sources"][0]["path"]) == b"\xe9"
+
+
+def test_one_text_is_cut_at_its_paragraphs(here, tokenizer, capsys):
+    text = "".join(f"{speaker}:\nline {speaker} é\n\nand on\n" + "\n \t\n" * (speaker % 3 + 1) for speaker in range(2000)) + "the end"
+    (here / "a.txt").write_text(text)
+    command = ("a.txt", "--tokenizer", tokenizer, "--out", "set", "--val-fraction", 0.2, "--workers", 1)
+    assert "--split-paragraphs" in refused(capsys, *command)
+    pieces = [piece.decode() for piece in readers.split_paragraphs(text.encode())]
+    assert "".join(pieces) == text and len(pieces) > 10
+    assert all(piece.endswith("\n") and 2048 <= len(piece.encode()) < 2200 for piece in pieces[:-1])
+    assert not any(piece.startswith(("\n", " ")) for piece in pieces)
+    prepare_ok(*command, "--split-paragraphs")
+    assert Counter(split_texts(here / "set", tokenizer, "train") + split_texts(here / "set", tokenizer, "val")) == Counter(pieces)
+    assert "--overwrite" in refused(capsys, *command)  # another dataset than that of the whole text
+    for odd in ("", "one line", "\n\n", "x" * 5000):
+        assert [piece.decode() for piece in readers.split_paragraphs(odd.encode())] == [odd]
 
 
 def test_reading_waits_for_the_workers(monkeypatch):
@@ -424,7 +442,7 @@ def test_reading_waits_for_the_workers(monkeypatch):
             taken.append(i)
             yield (i,)
 
-    setup = prepare.WorkerSetup("text", 0)
+    setup = prepare.Setup(0)
     for done, result in enumerate(prepare.run_blocks(abs, jobs(), setup, workers=2)):
         assert result == done and len(taken) <= done + 1 + 3 * 2
     assert len(taken) == 40
@@ -436,19 +454,19 @@ def test_reading_waits_for_the_workers(monkeypatch):
 
 
 def test_embedded_documents():
-    documents = dict(prepare.embedded_documents())
+    documents = dict(readers.embedded_documents())
     names = list(documents)
     assert "stdlib/argparse.py" in names and "stdlib/json/decoder.py" in names
     assert not [n for n in names if {"test", "tests", "site-packages", "idlelib"} & set(n.split("/"))]
     assert any(n.startswith("pydoc_data/") for n in names) and "pydoc_data/topics.py" not in names
     assert documents["stdlib/argparse.py"] == Path(__import__("argparse").__file__).read_bytes()
-    assert dict(prepare.embedded_documents()) == documents and list(dict(prepare.embedded_documents())) == names
+    assert dict(readers.embedded_documents()) == documents and list(dict(readers.embedded_documents())) == names
 
 
 def test_embedded_corpus_is_the_default_and_a_second_run_does_nothing(here, capsys, monkeypatch):
     wanted = ("stdlib/argparse.py", "stdlib/ast.py", "stdlib/inspect.py", "stdlib/typing.py", "pydoc_data/")
-    documents = [d for d in prepare.embedded_documents() if d[0].startswith(wanted)]
-    monkeypatch.setattr(prepare, "embedded_documents", lambda: iter(documents))  # a smaller Python, for the clock's sake
+    documents = [d for d in readers.embedded_documents() if d[0].startswith(wanted)]
+    monkeypatch.setattr(readers, "embedded_documents", lambda: iter(documents))  # a smaller Python, for the clock's sake
     monkeypatch.setattr(prepare, "DATA_DIR", here / "data")
     command = ("--val-fraction", 0.2, "--vocab-size", 512, "--workers", 1)
     prepare_ok(*command)
@@ -471,8 +489,8 @@ def test_embedded_corpus_is_the_default_and_a_second_run_does_nothing(here, caps
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from data import prepare
-prepare.BLOCK_BYTES, prepare.READ_BYTES = 10_000, 1_000
+from data import prepare, readers
+readers.BLOCK_BYTES, readers.READ_BYTES = 10_000, 1_000
 run_blocks, fatal, name = prepare.run_blocks, int(sys.argv[2]), sys.argv[3]
 def deadly(task, *rest):
     for count, result in enumerate(run_blocks(task, *rest)):
@@ -488,8 +506,8 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("task", "workers"), [("encode_block", 1), ("encode_block", 2), ("scan_block", 1)])
 def test_a_killed_build_continues_and_ends_the_same(here, monkeypatch, capsys, task, workers):
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(prepare, "READ_BYTES", 1_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(readers, "READ_BYTES", 1_000)
     write_jsonl(here / "in.jsonl", DOCUMENTS)
     command = ["in.jsonl", "--vocab-size", str(VOCAB), "--val-fraction", "0.2", "--out", "set", "--workers"]
     prepare_ok(*command, 1)
@@ -510,9 +528,31 @@ def test_a_killed_build_continues_and_ends_the_same(here, monkeypatch, capsys, t
     encode_block = prepare.encode_block
     monkeypatch.setattr(prepare, "encode_block", lambda block: encoded.append(block.index) or encode_block(block))
     prepare_ok(*command, 1)
-    assert not {prepare.Part.name(i) for i in encoded} & set(parts) and encoded
+    assert not {prepare.part_name(i) for i in encoded} & set(parts) and encoded
     assert files_of(here / "set") | {"model": (here / "set.model").read_bytes()} == expected
     assert not (here / "set.partial").exists()
+
+
+def test_what_a_kill_in_the_last_act_leaves_is_removed(here, tokenizer, monkeypatch, capsys):
+    write_jsonl(here / "in.jsonl", DOCUMENTS)
+    command = ("in.jsonl", "--tokenizer", tokenizer, "--val-fraction", 0.2, "--out", "set", "--workers", 1)
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: path.name == "set.partial" or rmtree(path, **options))
+    prepare_ok(*command)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert (here / "set.partial/parts/000000.part").exists()
+    capsys.readouterr()
+    prepare_ok(*command)
+    assert capsys.readouterr().out.startswith("up to date") and sorted(p.name for p in here.iterdir()) == ["in.jsonl", "set"]
+
+
+def test_the_summary_ends_with_a_command_that_trains(here, tokenizer, capsys):
+    write_jsonl(here / "in.jsonl", DOCUMENTS)
+    capsys.readouterr()
+    prepare_ok("in.jsonl", "--tokenizer", tokenizer, "--val-fraction", 0.2, "--out", "a set", "--workers", 1)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command == ["next", "VOCAB_SIZE=400", "DATA_PATH=a set", f"TOKENIZER_PATH={tokenizer}", "python", str(ROOT / "train_gpt.py")]
 
 
 def test_work_of_other_options_is_not_continued(here, tokenizer, monkeypatch):
@@ -550,7 +590,7 @@ def manifest_of_bytes(files: dict[str, bytes]) -> dict:
 def test_two_builds_at_once_are_refused(here, tokenizer, capsys):
     pytest.importorskip("fcntl")
     write_jsonl(here / "in.jsonl", DOCUMENTS)
-    with prepare.exclusive(here / "set.partial"):
+    with builds.exclusive(here / "set.partial"):
         assert "another prepare.py is building" in refused(capsys, "in.jsonl", "--tokenizer", tokenizer, "--out", "set", "--workers", 1)
 
 
@@ -571,7 +611,10 @@ BAD_FILES = {
     "a.txt": [(b"fine\xff\xfe", "a.txt: not UTF-8 text (byte 4"), ("▁".encode(), "no usable document")],
     "a.jsonl.gz": [(gzip.compress(GOOD * 99)[:-9], "a.jsonl.gz: damaged or truncated"), (b"no archive", "a.jsonl.gz: damaged")],
     "a.jsonl.zst": [
-        (zstandard.ZstdCompressor().compress(os.urandom(999))[:-9], "a.jsonl.zst: damaged or truncated"),
+        (
+            zstandard.ZstdCompressor().compress(json.dumps({"text": os.urandom(999).hex()}).encode())[:-9],
+            "a.jsonl.zst: damaged or truncated",
+        ),
         (zstandard.ZstdCompressor().compress(GOOD) + b"trailing", "a.jsonl.zst: damaged"),
         (b"no archive", "a.jsonl.zst: damaged"),
     ],
@@ -611,6 +654,7 @@ def test_an_error_in_a_worker_process_is_still_one_line(here, tokenizer, capsys)
         (["in.jsonl", "--vocab-size", "some"], "--vocab-size: invalid int value"),
         (["in.jsonl", "--vocab-size", "9999"], "cannot train a tokenizer of 9999 pieces: Vocabulary size too high"),
         (["in.jsonl", "--tokenizer", "missing.model"], "missing.model: No such file"),
+        (["in.jsonl", "--val-fraction", "0"], "--val-fraction: 0.0"),
         (["in.jsonl", "--tokenizer", "in.jsonl"], "in.jsonl is not a SentencePiece model"),
         (["in.jsonl", "--tokenizer", "small.model", "--vocab-size", "500"], "has 400 pieces, not --vocab-size 500"),
         (["in.jsonl", "--workers", "0"], "--workers: 0"),
@@ -652,6 +696,48 @@ def test_unfit_tokenizers(here, capsys, options, message):
         manifest = manifest_of(here / "set")
         assert manifest["tokenizer"]["val_documents_not_round_trip"] > 0
         assert sum(s["raw_bytes"] for s in manifest["splits"].values()) == sum(len(t.encode()) for t in DOCUMENTS)  # the text's, still
+
+
+PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "user_defined_symbols": ["\n"]}
+
+
+def test_lossless_tokenizer_with_a_dummy_prefix(here):
+    """It puts a space in front of each document that its text does not have, and takes it away again: not text, not lossy."""
+    model = train_variant(here, **PLAIN)
+    texts = [*DOCUMENTS, " leading", "  two", "\nnewline first", "\tx"]
+    write_jsonl(here / "in.jsonl", texts)
+    prepare_ok("in.jsonl", "--tokenizer", model, "--out", "set", "--val-fraction", 0.2, "--workers", 1)
+    manifest, table = manifest_of(here / "set"), shards.ByteTable.from_tokenizer(shards.load_tokenizer(model))
+    assert Counter(split_texts(here / "set", model, "train") + split_texts(here / "set", model, "val")) == Counter(texts)
+    for split in ("train", "val"):
+        tokens = split_tokens(here / "set", split)
+        assert int(table.count(tokens[:-1], tokens[1:]).sum()) == manifest["splits"][split]["raw_bytes"]
+    assert sum(s["raw_bytes"] for s in manifest["splits"].values()) == sum(len(t.encode()) for t in texts)
+
+
+def test_a_tokenizer_that_ends_texts_with_a_space(here, capsys):
+    """Only the token after it could tell whether such a space is text; without the dummy one every space is."""
+    write_jsonl(here / "in.jsonl", DOCUMENTS)
+    command = ("in.jsonl", "--out", "set", "--val-fraction", 0.2, "--workers", 1, "--tokenizer")
+    model = train_variant(here, **PLAIN, treat_whitespace_as_suffix=True)
+    assert "treat_whitespace_as_suffix" in refused(capsys, *command, model)
+    prepare_ok(*command, train_variant(here, **PLAIN, treat_whitespace_as_suffix=True, add_dummy_prefix=False))
+
+
+def test_damaged_tokenizers_are_refused_in_one_line(here, tokenizer, capsys):
+    write_jsonl(here / "in.jsonl", DOCUMENTS)
+    good = tokenizer.read_bytes()
+    at = good.index("▁".encode())
+    for name, model in {
+        "not text": good[:at] + b"\xff" + good[at + 1 :],  # loads, and its piece cannot be read
+        "cut": good[: len(good) // 2],
+        "empty": b"",
+        "no length": good[:-1] + b"\xff",
+    }.items():
+        (here / "bad.model").write_bytes(model)
+        assert "bad.model" in refused(capsys, "in.jsonl", "--tokenizer", "bad.model", "--out", "set", "--workers", 1), name
+        with pytest.raises(UserError, match=r"bad\.model is not a SentencePiece model"):
+            shards.load_tokenizer(here / "bad.model")
 
 
 def test_a_tokenizer_that_loses_training_text_is_caught(here, tokenizer, capsys):
@@ -708,6 +794,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def answer(self, body: bool):
         base = f"/datasets/{REPO}/resolve/"
         files, self.server.requests[self.command] = self.server.files, self.server.requests[self.command] + 1
+        if self.path.startswith(f"/api/datasets/{REPO}/"):
+            self.list_files("/tree/" in self.path)
+            return
         name = self.path.removeprefix(base).partition("/")[2]
         if not self.path.startswith(base) or name not in files:
             self.send_response(404)
@@ -716,19 +805,37 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         data = files[name]
-        large = name.endswith((".bin", ".model"))
-        digest = hashlib.sha256(data) if large else hashlib.sha1(b"blob %d\0" % len(data) + data)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0] or 0)
         sent = self.server.damaged.get(name, data)[start:]
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{digest.hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.server.commit)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(sent)))
         self.end_headers()
         if body:
             self.server.sent.append(name)
             self.wfile.write(sent)
+
+    def list_files(self, tree: bool):
+        """The two listings that huggingface_hub asks for: of a revision (with its commit), and of a commit's tree."""
+        listing = []
+        for name, data in self.server.files.items():
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            size, lfs = len(data), {"size": len(data), "pointerSize": 130, "sha256": hashlib.sha256(data).hexdigest()}
+            large = name.endswith((".bin", ".model"))
+            if tree:
+                lfs = {**lfs, "oid": lfs["sha256"]}
+                listing.append({"type": "file", "path": name, "size": size, "oid": blob} | ({"lfs": lfs} if large else {}))
+            else:
+                listing.append({"rfilename": name, "size": size, "blobId": blob} | ({"lfs": lfs} if large else {}))
+        reply = listing if tree else {"id": REPO, "sha": self.server.commit, "siblings": listing}
+        data = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
 
 @pytest.fixture
@@ -751,7 +858,7 @@ def hub(here, tokenizer, monkeypatch):
     }  # fmt: skip
     files["datasets/manifest.json"] = json.dumps(listing).encode()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.files, server.damaged, server.sent, server.requests = files, {}, [], Counter()
+    server.files, server.damaged, server.sent, server.requests, server.commit = files, {}, [], Counter(), COMMIT
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -800,6 +907,17 @@ def test_published_export_at_the_root_of_a_repository(hub, here):
     hub.files = {name.removeprefix("datasets/"): data for name, data in hub.files.items()}
     prepare_ok(*hub.command)
     assert len(manifest_of(here / "datasets/web")["splits"]["train"]["shards"]) == 2
+
+
+def test_an_export_without_bos_counts_what_is_scored(hub, here, tokenizer):
+    """Its first token is no target, so the bytes of that one are not among those that a score is divided by."""
+    processor = shards.load_tokenizer(tokenizer)
+    ids = processor.encode(DOCUMENTS[0])
+    hub.files["datasets/datasets/fineweb10B_sp400/fineweb_val_000000.bin"] = shards.shard_header(len(ids)) + np.array(ids, "<u2").tobytes()
+    prepare_ok(*hub.command)
+    entry = manifest_of(here / "datasets/web")["splits"]["val"]
+    first = len(processor.decode(ids[:1]).encode())
+    assert first and (entry["documents"], entry["raw_bytes"]) == (0, len(DOCUMENTS[0].encode()) - first)
 
 
 def test_shards_the_user_has_already_are_kept(hub, here):
@@ -851,7 +969,7 @@ def test_a_broken_export_is_refused_and_a_mended_one_continues(hub, here, capsys
     assert message in refused(capsys, *hub.command)
     folder = here / "datasets/web"
     assert not (folder / "manifest.json").exists() and not (folder / "fineweb_train_000001.bin").exists()
-    hub.files, hub.damaged = good, {}
+    hub.files, hub.damaged, hub.commit = good, {}, COMMIT[::-1]
     prepare_ok(*hub.command)
     assert len(manifest_of(folder)["splits"]["train"]["shards"]) == 2
 
@@ -867,15 +985,3 @@ def test_more_shards_than_published_no_repository_and_no_server(hub, here, capsy
     command[5] = f"http://127.0.0.1:{port}"
     assert "127.0.0.1" in refused(capsys, *command)
     assert not (here / "datasets").exists() or not list((here / "datasets").iterdir())
-
-
-def test_dummy_prefix_is_not_counted_as_text(tmp_path):
-    """Published tokenizers put a space in front of each document that its text does not have."""
-    path = train_variant(tmp_path, normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"])
-    processor = shards.parse_tokenizer(path.read_bytes(), "published")
-    texts = [t for t in DOCUMENTS[:50] if not t.startswith(" ")]
-    count = prepare.TextCount(processor)
-    for text in texts:
-        count.add(np.array([1, *processor.encode(text)], np.uint16)[:1])  # shards may end anywhere, also after a BOS
-        count.add(np.array(processor.encode(text), np.uint16))
-    assert (count.documents, count.nbytes) == (len(texts), sum(len(t.encode()) for t in texts))

@@ -1,0 +1,72 @@
+"""parts/files.py: how every command ends, and how files come to be."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parts.files import UserError, atomic_write, cli, read_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def end(main, capsys) -> tuple[int, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        cli(main)
+    return exit.value.code, capsys.readouterr().err
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_command_ends_in_one_line(capsys):
+    assert end(lambda: None, capsys) == (0, "")
+    assert end(lambda: 1, capsys) == (1, "")
+    assert end(raising(UserError("two\nlines")), capsys) == (2, "error: two lines\n")
+    assert end(raising(FileNotFoundError(2, "No such file", "a.bin")), capsys) == (2, "error: a.bin: No such file\n")
+    assert end(raising(OSError(28, "No space left")), capsys) == (2, "error: No space left\n")
+    assert end(raising(KeyboardInterrupt()), capsys) == (130, "error: interrupted\n")
+    assert end(raising(UserError("caf\udce9.txt")), capsys) == (2, "error: caf\\udce9.txt\n")  # a file name that is not text
+    with pytest.raises(ValueError):  # a fault of ours is no fault of input
+        cli(raising(ValueError()))
+
+
+def test_help_where_the_terminal_is_not_unicode(monkeypatch):
+    for encoding in ("latin-1", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "--help"], capture_output=True, env=environment)
+        assert done.returncode == 0 and b"--val-fraction" in done.stdout, done.stderr
+    stream = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as exit:
+        cli(lambda: print("a → é"))
+    stream.flush()
+    assert exit.value.code == 0 and stream.buffer.getvalue() == "a \\u2192 é\n".encode("latin-1")
+
+
+def test_every_command_ends_that_way():
+    commands = [path for path in [*ROOT.glob("*.py"), ROOT / "data/prepare.py"] if "__main__" in path.read_text(encoding="utf-8")]
+    assert len(commands) >= 5
+    for path in commands:
+        assert path.read_text(encoding="utf-8").rstrip().endswith("cli(main)"), path
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder/value.json"
+    write_json(path, {"name": "caf\udce9 é"})
+    assert read_json(path) == {"name": "caf\udce9 é"} and "é" in path.read_text()
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert read_json(path) == {"name": "caf\udce9 é"} and [p.name for p in path.parent.iterdir()] == ["value.json"]
+    for damaged in (b"", b"[1]", b"{", b"\xff", b"[" * 100_000):
+        path.write_bytes(damaged)
+        assert read_json(path) is None
