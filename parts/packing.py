@@ -7,8 +7,9 @@ Three layers, each usable alone and none of them aware of a model:
     container      `pack_artifact`, `unpack_artifact`: magic, version, JSON header, streams, SHA-256 over all of it
 
 What goes in and comes out is a list of `Record`s: named int8 matrices with a float16 scale a row ("codes"), float16 tensors
-("half") and raw bytes ("bytes"). There is no pickle anywhere, and no length in a file is believed before it is checked: the
-reader of an artifact allocates nothing that the header merely claims.
+("half") and raw bytes ("bytes"). There is no pickle anywhere, and no length in a file is believed before it is checked. A range
+coder's few bytes may stand for millions of symbols: what bounds the reader's memory and time is the plan's elements, which the
+model's own size bounds (`check_plan`), and PREDICTED_WORK.
 """
 
 from __future__ import annotations
@@ -210,6 +211,8 @@ _CARRY_LIMIT = 1 << 20  # … and beyond this one where a new tensor begins: old
 # resembles (case variants of a word; tokens that never occurred), whose weighted sum is taken off before.
 PLAIN, OFFSET_ROWS, PREDICTED = range(3)
 PREDICTED_ROWS = 1 << 18  # at most: keeps a table's sum below 2^24
+PREDICTED_COLUMNS = 8, 1024
+PREDICTED_WORK = 1 << 33  # multiply-adds a stream, at most: half a minute of the reader's, twice what a vocabulary of 8,192 × 512 takes
 _INNOVATION, _COEFFICIENT = 6, 12  # fractional bits of innovations and of regression coefficients
 _NEIGHBOURS = 3  # at most, a row
 _NEIGHBOUR_WINDOW = 1 << 13  # rows above a block among which they are sought: bounds the encoder's time
@@ -334,6 +337,13 @@ class _RangeCoder:
         self.categorical = constriction.stream.model.Categorical
         self.model = _SymbolModel(bits)
         self.encoder, self.decoder = encoder, decoder
+        self.work = 0  # of prediction, so far: factorizing costs columns³ a block whatever the payload
+
+    def may_predict(self, rows: int, columns: int) -> bool:
+        """Whether the next matrix may be PREDICTED: the one rule of encoder and decoder."""
+        least, most = PREDICTED_COLUMNS
+        fits = least <= columns <= most and 3 * columns <= rows <= PREDICTED_ROWS
+        return fits and self.work + _prediction_work(rows, columns) <= PREDICTED_WORK
 
     def _table(self, counts: np.ndarray):
         return self.categorical(counts.astype(np.float32), perfect=False)
@@ -402,6 +412,7 @@ class _RangeCoder:
     def code(self, codes: np.ndarray, mode: int, row_offsets: np.ndarray | None = None) -> None:
         """Encode int8 `codes` [rows, columns], or fill them when decoding. `row_offsets`: int64 [rows], encoder only."""
         if mode == PREDICTED:
+            self.work += _prediction_work(*codes.shape)
             self._code_predicted(codes)
         else:
             self._code_rows(codes, row_offsets, mode == OFFSET_ROWS)
@@ -465,6 +476,11 @@ def _predicted_blocks(rows: int, columns: int) -> list[int]:
     return ends
 
 
+def _prediction_work(rows: int, columns: int) -> int:
+    """Multiply-adds that decoding a predicted matrix takes: a factorization a block, a row of coefficients a symbol."""
+    return len(_predicted_blocks(rows, columns)) * columns**3 + rows * columns**2
+
+
 def _innovations(gram: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """LDLᵀ of the second moments of `rows` rows: column = Σ_j L[column, j] · innovation_j + its own, of variance D.
 
@@ -513,11 +529,9 @@ def _choose_neighbours(codes: np.ndarray, start: int, lower: np.ndarray, varianc
 
 
 def _prediction_pays(codes: np.ndarray) -> bool:
-    """An encoder's guess: does a predictor from the first half of the rows shrink the second half's innovations?"""
+    """An encoder's guess: does a predictor from the half of the rows that is coded first, the lower one, shrink the other's innovations?"""
     rows, columns = codes.shape
-    if not 3 * columns <= rows <= PREDICTED_ROWS or columns < 8:
-        return False
-    first, second = codes[: rows // 2].astype(np.float64), codes[rows // 2 :].astype(np.float64)
+    first, second = codes[rows // 2 :].astype(np.float64), codes[: rows // 2].astype(np.float64)
     lower, *_ = _innovations(first.T @ first, len(first))
     lower = lower / (1 << _COEFFICIENT) + np.eye(columns)
     innovation = np.linalg.solve(lower, second.T)
@@ -541,10 +555,10 @@ def range_encode(matrices: list[np.ndarray], bits: int) -> bytes:
             continue
         offsets = _row_offsets(codes)
         best = None
-        modes = [PLAIN] + [OFFSET_ROWS] * bool(offsets.any()) + [PREDICTED] * _prediction_pays(codes)
+        modes = [PLAIN] + [OFFSET_ROWS] * bool(offsets.any()) + [PREDICTED] * (coder.may_predict(*codes.shape) and _prediction_pays(codes))
         for mode in modes:
             trial = _RangeCoder(bits, encoder=coder.encoder.clone())
-            trial.model = copy.deepcopy(coder.model)
+            trial.model, trial.work = copy.deepcopy(coder.model), coder.work
             trial.code(codes, mode, offsets)
             size = trial.encoder.num_bits()
             if best is None or size < best[0]:
@@ -569,7 +583,7 @@ def range_decode(data: bytes, shapes: list[tuple[int, int]], bits: int) -> list[
         for shape, flag in zip(shapes, data):
             codes = np.zeros(shape, dtype=np.int8)
             if codes.size:
-                if flag == PREDICTED and not shape[1] <= shape[0] <= PREDICTED_ROWS:
+                if flag == PREDICTED and not coder.may_predict(*shape):
                     raise ValueError("no shape for prediction")
                 coder.code(codes, flag)
             out.append(codes)
