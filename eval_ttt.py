@@ -50,9 +50,11 @@ from train_gpt import (
     Linear,
     RunContext,
     UserError,
+    Window,
     atomic_write,
     cli,
     compile_mode,
+    document_windows,
     eval_batch_size,
     evaluate,
     load_tokenizer,
@@ -239,7 +241,7 @@ class TestTimeTrainer:
         cfg, ctx = self.cfg, self.ctx
         size = min(self.seq_len, chunk.end)
         first = max(0, min(chunk.start, chunk.end - size))
-        windows = [(first + start, max(first + begin, chunk.start)) for start, begin in plan_windows(chunk.end - first, size, size)]
+        windows = [(first + start, max(first + begin, chunk.start)) for start, begin, _ in plan_windows(chunk.end - first, size, size)]
         index = torch.tensor([start for start, _ in windows], device=ctx.device)[:, None] + torch.arange(size, device=ctx.device)
         inputs, targets = tokens[index].long(), tokens[index + 1].long()
         weights = (index >= torch.tensor([begin for _, begin in windows], device=ctx.device)[:, None]).float()
@@ -313,11 +315,11 @@ class FewShapes:
         if not self.active:
             return self.forward(inputs, targets, reduction=reduction, score_last=score_last)
         rows, last = inputs.size(0), score_last or inputs.size(1)
-        fill = (self.batch if rows > 1 else 1) - rows
+        fill = (self.batch * self.length // inputs.size(1) if rows > 1 else 1) - rows
         if fill > 0:
             inputs = torch.cat((inputs, inputs[-1:].expand(fill, -1)))
             targets = None if targets is None else torch.cat((targets, targets[-1:].expand(fill, -1)))
-        wide = min(self.stride if last <= self.stride else self.length, inputs.size(1))
+        wide = min(self.stride, inputs.size(1)) if last <= self.stride else inputs.size(1)
         return self.forward(inputs, targets, reduction=reduction, score_last=wide)[:rows, -last:]
 
 
@@ -360,7 +362,7 @@ class ScoreFirstEvaluator:
             self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, cfg.ttt_seq_len or self.seq_len)
         # With attention across documents, weights that learn on, or counts, a document's score rests on the documents before it.
         forgets = not cfg.ttt_enabled or cfg.ttt_reset_per_doc
-        self.documents_independent = cfg.document_mask and forgets and not self.expert_config.names
+        self.documents_independent = (cfg.document_mask or cfg.eval_by_document) and forgets and not self.expert_config.names
 
     @torch.no_grad()
     def sliding(self, tokens: Tensor):
@@ -417,9 +419,8 @@ class _Pass:
         self.evaluator, self.cfg, self.ctx, self.sample = evaluator, cfg, ctx, sample
         self.tokens = tokens.to(ctx.device)
         self.targets = len(tokens) - 1
-        self.length = min(evaluator.seq_len, self.targets)
         self.windows = plan_windows(self.targets, evaluator.seq_len, cfg.eval_stride)
-        self.begins = [begin for _, begin in self.windows]
+        self.begins = [window.score_from for window in self.windows]
         self.trace = EvaluationTrace(Ledger(self.targets), bytes_scored=0)
         # The mixture without experts is the model itself: that path also serves to show full distributions.
         self.mixture = self.invalid = None
@@ -444,7 +445,7 @@ class _Pass:
         start whatever the number of ranks: the result does not depend on it.
         """
         cfg, block = self.cfg, self.cfg.expert_block_tokens
-        size = max(self.length, self.evaluator.batch * cfg.eval_stride * self.ctx.world_size)
+        size = max(self.evaluator.seq_len, self.evaluator.batch * cfg.eval_stride * self.ctx.world_size)
         size = -(-size // block) * block
         for start in range(chunk.start, chunk.end, size):
             if stop and start >= stop:
@@ -456,22 +457,28 @@ class _Pass:
                 self._score_mixed(start, end)
         return True
 
-    def _windows_between(self, start: int, end: int) -> list[tuple[int, int]]:
+    def _windows_between(self, start: int, end: int) -> list[Window]:
         """Windows that score targets start..end-1. One that reaches over `start` is scored from there on only: same context, same result."""
+        if self.cfg.eval_by_document:
+            return document_windows(self.tokens, self.evaluator.seq_len, self.cfg.eval_stride, start, end)
         first = bisect.bisect_right(self.begins, start) - 1
         last = bisect.bisect_left(self.begins, end)
-        return [(at, max(begin, start)) for at, begin in self.windows[first:last]]
+        return [window._replace(score_from=max(window.score_from, start)) for window in self.windows[first:last]]
 
     def _model(self, start: int, end: int, forward: Callable[..., Tensor], width: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """This rank's share of targets start..end-1: (ascending positions [n], what `forward` gives there [n, *width])."""
         ctx = self.ctx
         mine = self._windows_between(start, end)[ctx.rank :: ctx.world_size]
         positions, values = [torch.empty(0, dtype=torch.int64, device=ctx.device)], [torch.empty(0, *width, device=ctx.device)]
-        for at, value in score_windows(forward, self.tokens, mine, self.length, self.evaluator.batch, ctx.device) if mine else ():
+        for at, value in score_windows(forward, self.tokens, mine, self.evaluator.seq_len, self.cfg.eval_stride, self.evaluator.batch):
             inside = at < end
             positions.append(at[inside])
             values.append(value[inside])
-        return torch.cat(positions), torch.cat(values)
+        positions, values = torch.cat(positions), torch.cat(values)
+        if self.cfg.eval_by_document:  # came in batches of like lengths
+            positions, order = positions.sort()
+            values = values[order]
+        return positions, values
 
     def _score_plain(self, start: int, end: int) -> None:
         positions, nll = self._model(start, end, self.evaluator.forward, ())

@@ -236,6 +236,7 @@ class Config:
     # --- evaluation
     eval_seq_len: int = _eval(0, "context window; 0: TRAIN_SEQ_LEN", low=0)
     eval_stride: int = _eval(64, "tokens scored per sliding window", low=1)
+    eval_by_document: bool = _eval(False, "score every document from its own first token, in training's validations too")
     eval_batch_seqs: int = _eval(0, "windows a forward; 0: automatic", low=0)
     ttt_enabled: bool = _eval(True, "score-first test-time training after the plain sliding pass")
     ttt_optimizer: str = _eval("sgd", "its optimizer", choices=("sgd", "adamw"))
@@ -948,11 +949,13 @@ def chunked_gated_delta_rule(
     k_remaining = k * (total[..., -1:] - total).exp()[..., None]
     chunk_decay = total[..., -1].exp()[..., None, None]
     s = q.new_zeros(batch, heads, k.size(-1), dim) if state is None else state.float()
+    # Contiguous factors: what kernel a product of views gets depends on the batch size, and with it the last bits of a row.
+    per_chunk = zip(*(x.movedim(2, 0).contiguous() for x in (u, w, q_decayed, inside, k_remaining.mT, chunk_decay)))
     outputs = []
-    for n in range(q.size(2)):
-        fresh = u[:, :, n] - w[:, :, n] @ s
-        outputs.append(q_decayed[:, :, n] @ s + inside[:, :, n] @ fresh)
-        s = s * chunk_decay[:, :, n] + k_remaining[:, :, n].mT @ fresh
+    for u_n, w_n, q_n, inside_n, k_n, decay_n in per_chunk:
+        fresh = u_n - w_n @ s
+        outputs.append(q_n @ s + inside_n @ fresh)
+        s = s * decay_n + k_n @ fresh
     out = torch.stack(outputs, 2).flatten(2, 3)[:, :, :length]
     return out.transpose(1, 2).to(dtype), s
 
@@ -2084,49 +2087,95 @@ def plan_batch(cfg: Config, ctx: RunContext, seq_len: int = 0) -> BatchPlan:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
-    """Windows (start, score_from) that score each of `num_targets` targets exactly once, with as much context as they can.
+class Window(NamedTuple):
+    """Inputs tokens[start:end], of which targets score_from … end−1 are scored. Target i is tokens[i+1], predicted from tokens[..i]."""
 
-    Target i is tokens[i+1], predicted from tokens[..i]. All windows are L = min(seq_len, num_targets) long: inputs tokens[start:start+L];
-    window (start, score_from) scores targets score_from … start+L−1. The first scores all of its own, later ones `stride` each; the
-    last one slides back to end at the last target and scores what is left.
+    start: int
+    score_from: int
+    end: int
+
+
+def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
+    """Windows that score each target of one text exactly once, with as much context as they can.
+
+    All are min(seq_len, num_targets) long. The first scores all of its own, later ones `stride` each; the last one slides back to end at the
+    last target and scores what is left.
     """
-    if stride > seq_len:
-        raise UserError(f"EVAL_STRIDE={stride} is longer than the window of {seq_len}: tokens would never be scored")
+    _check_stride(seq_len, stride)
     length = min(seq_len, num_targets)
-    windows, scored = [(0, 0)], length
+    windows, scored = [Window(0, 0, length)], length
     while scored < num_targets:
         end = min(scored + stride, num_targets)
-        windows.append((end - length, scored))
+        windows.append(Window(end - length, scored, end))
         scored = end
     return windows
 
 
-def score_windows(
-    forward: Callable[..., Tensor], tokens: Tensor, windows: list[tuple[int, int]], length: int, batch_seqs: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Score windows in batches of `batch_seqs`; yields (target positions int64 [n], nll in nats float32 [n]), both on `device`.
+def document_windows(tokens: Tensor, seq_len: int, stride: int, first: int = 0, last: int | None = None) -> list[Window]:
+    """Windows that score targets first … last−1 (None: all) of a stream of documents, each document from its own first token.
 
-    Windows are grouped by how many targets they score, rounded up to the common stride, and short batches are filled up with repeats
-    that are not scored: the forward then sees few shapes, which compile once each.
+    A document's inputs are its BOS to its last token, so its targets are its second token to the BOS after it: what ends a document is
+    predicted by it. (Text before the first BOS is a document too.) A document's first window scores seq_len targets, later ones `stride` each
+    with the seq_len − stride tokens before them as context. Where a document ends decides nothing but where its last window ends: no
+    score depends on what comes after its target.
     """
-    tokens = tokens.to(device)
-    counts = [start + length - score_from for start, score_from in windows]
-    common = max(counts[1:], default=counts[0])
-    offsets = torch.arange(length, device=device)
-    alone = 1 if counts[0] > common else 0
-    groups = [[0]] * alone + [list(range(i, min(i + batch_seqs, len(windows)))) for i in range(alone, len(windows), batch_seqs)]
-    for group in groups:
-        wide = max(common, max(counts[i] for i in group))
-        short = batch_seqs - len(group) if len(windows) - alone > batch_seqs and group != [0] else 0
-        filled = group + [group[-1]] * short
-        starts = torch.tensor([windows[i][0] for i in filled], device=device)
-        index = starts[:, None] + offsets
-        with torch.no_grad():
-            nll = forward(tokens[index].long(), tokens[index + 1].long(), reduction="none", score_last=wide)
-        positions = index[:, -wide:][: len(group)]
-        wanted = torch.tensor([windows[i][1] for i in group], device=device)[:, None] <= positions
-        yield positions[wanted], nll[: len(group)][wanted].float()
+    _check_stride(seq_len, stride)
+    last = len(tokens) - 1 if last is None else last
+    begun = (tokens[: first + 1] == BOS_ID).nonzero()[-1:].flatten().tolist() or [0]
+    starts = begun + ((tokens[first + 1 : last] == BOS_ID).nonzero().flatten() + first + 1).tolist()
+    windows = []
+    for start, document_end in zip(starts, [*starts[1:], last]):
+        after = max(0, first - start - seq_len)  # targets beyond the first window that are not asked for
+        scored = start if first < start + seq_len else start + seq_len + after // stride * stride
+        while scored < document_end:
+            end = scored + (seq_len if scored == start else stride)
+            windows.append(Window(max(start, end - seq_len), max(scored, first), min(end, document_end)))
+            scored = end
+    return windows
+
+
+def _check_stride(seq_len: int, stride: int) -> None:
+    if stride > seq_len:
+        raise UserError(f"EVAL_STRIDE={stride} is longer than the window of {seq_len}: tokens would never be scored")
+
+
+SHORTEST_PADDED = 64
+
+
+def padded_length(length: int, seq_len: int) -> int:
+    """The length that a window is filled up to: 64, 128, 256, … or seq_len.
+
+    Few lengths are few compilations. And a window's own length decides alone, so that its scores do not depend on which others it is
+    batched with: on a CPU, to the bit (kernels work in blocks of at most 64 rows).
+    """
+    padded = SHORTEST_PADDED
+    while padded < length:
+        padded *= 2
+    return min(padded, seq_len)
+
+
+def score_windows(
+    forward: Callable[..., Tensor], tokens: Tensor, windows: list[Window], seq_len: int, stride: int, batch_seqs: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Score windows, batches of like ones at a time; yields (target positions int64 [n], what `forward` gives there [n, …]), ascending only
+    within a batch. A batch is `batch_seqs` windows of seq_len, or as many more as the windows are shorter.
+    """
+    device, groups = tokens.device, {}
+    for window in windows:
+        width = padded_length(window.end - window.start, seq_len)
+        scored = width - (window.score_from - window.start)  # counted from the padded end
+        groups.setdefault((width, min(stride, width) if scored <= stride else width), []).append(window)
+    for (width, scored), members in groups.items():
+        rows, offsets = batch_seqs * seq_len // width, torch.arange(width, device=device)
+        for at in range(0, len(members), rows):
+            start, score_from, end = torch.tensor(members[at : at + rows], device=device).T[..., None]
+            index = start + offsets
+            inside = index < end
+            inputs, targets = (tokens[(index + ahead).clamp_max(len(tokens) - 1)].long() for ahead in (0, 1))
+            with torch.no_grad():  # the padding is constant: nothing of the text behind a window gets in
+                values = forward(inputs.where(inside, BOS_ID), targets.where(inside, BOS_ID), reduction="none", score_last=scored)
+            index, wanted = index[:, -scored:], (inside & (index >= score_from))[:, -scored:]
+            yield index[wanted], values[wanted].float()
 
 
 @dataclass(frozen=True)
@@ -2148,26 +2197,26 @@ def evaluate(
 ) -> EvalResult:
     """Bits per byte of `tokens` under sliding windows, split over ranks; every target is scored exactly once, which is asserted.
 
-    `forward` is the model or its compiled form. stride == seq_len gives non-overlapping windows.
+    `forward` is the model or its compiled form. stride == seq_len gives non-overlapping windows. EVAL_BY_DOCUMENT scores each document alone.
     """
     if len(tokens) < 2:
         raise UserError("the validation split has fewer than two tokens: nothing to score")
-    began, targets = time.perf_counter(), len(tokens) - 1
-    windows, length = plan_windows(targets, seq_len, stride), min(seq_len, targets)
-    mine = windows[ctx.rank * len(windows) // ctx.world_size : (ctx.rank + 1) * len(windows) // ctx.world_size]
-    table = byte_table.to(ctx.device)
-    on_device = tokens.to(ctx.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # nll, bytes, targets
-    if mine:
-        for positions, nll in score_windows(forward, on_device, mine, length, eval_batch_size(cfg, length, ctx.device), ctx.device):
-            counted = table.count(on_device[positions], on_device[positions + 1])
-            sums += torch.stack((nll.double().sum(), counted.sum().double(), torch.tensor(float(len(nll)), device=ctx.device).double()))
-    nll_sum, byte_sum, scored = ctx.all_reduce_sum(sums).tolist()
-    assert int(scored) == targets, f"{int(scored)} of {targets} targets scored"
+    began, targets, tokens = time.perf_counter(), len(tokens) - 1, tokens.to(ctx.device)
+    windows = document_windows(tokens, seq_len, stride) if cfg.eval_by_document else plan_windows(targets, seq_len, stride)
+    # Sums are taken over the gathered scores: they do not depend on the number of ranks.
+    nll, times = torch.zeros(2, targets, device=ctx.device)
+    for positions, values in score_windows(
+        forward, tokens, windows[ctx.rank :: ctx.world_size], seq_len, stride, eval_batch_size(cfg, seq_len, ctx.device)
+    ):
+        nll[positions] = values
+        times.index_add_(0, positions, torch.ones_like(values))
+    nll, times = ctx.all_reduce_sum(nll), ctx.all_reduce_sum(times)
+    assert bool((times == 1).all()), f"{int((times != 1).sum())} of {targets} targets were not scored exactly once"
+    nll_sum, byte_sum = nll.double().sum().item(), int(byte_table.to(ctx.device).count(tokens[:-1], tokens[1:]).sum())
     if not byte_sum:
         raise UserError("the validation tokens stand for no bytes: is the tokenizer the right one?")
     seconds = time.perf_counter() - began
-    return EvalResult(nll_sum / targets, nll_sum / math.log(2) / byte_sum, targets, int(byte_sum), seconds)
+    return EvalResult(nll_sum / targets, nll_sum / math.log(2) / byte_sum, targets, byte_sum, seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

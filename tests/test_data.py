@@ -139,8 +139,8 @@ def test_tokenizer_without_a_space_piece_is_refused():
 def test_windows_score_every_target_once(targets, seq_len, stride):
     coverage, length = np.zeros(targets, int), min(seq_len, targets)
     windows = T.plan_windows(targets, seq_len, stride)
-    for index, (start, score_from) in enumerate(windows):
-        assert 0 <= start <= score_from < start + length <= targets
+    for index, (start, score_from, end) in enumerate(windows):
+        assert end == start + length and 0 <= start <= score_from < start + length <= targets
         if index:
             assert score_from - start >= length - stride, "a later window gives at least length - stride tokens of context"
         coverage[score_from : start + length] += 1
@@ -161,11 +161,80 @@ def test_evaluate_equals_scoring_one_window_at_a_time(dataset):
         result = T.evaluate(model, tokens, table, cfg, ctx, seq_len, stride)
         nll = 0.0
         with torch.no_grad():
-            for start, score_from in T.plan_windows(402, seq_len, stride):
-                end = start + min(seq_len, 402)
+            for start, score_from, end in T.plan_windows(402, seq_len, stride):
                 loss = model(tokens[None, start:end].long(), tokens[None, start + 1 : end + 1].long(), reduction="none")
                 nll += loss[0, score_from - start :].double().sum().item()
         assert result.val_loss == pytest.approx(nll / 402, rel=1e-6)
         counted = int(table.count(tokens[:-1], tokens[1:]).sum())
         assert result.bytes_scored == counted and result.tokens_scored == 402
         assert result.val_bpb == pytest.approx(nll / np.log(2) / counted, rel=1e-6)
+
+
+def document_stream(lengths, seed=0, vocabulary=512):
+    """Documents of so many tokens each, BOS included."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, vocabulary, (sum(lengths),), generator=generator, dtype=torch.int32)
+    tokens[np.cumsum([0, *lengths[:-1]])] = T.BOS_ID
+    return tokens
+
+
+@pytest.mark.parametrize("lengths", [[1], [2], [64, 65, 66, 1, 1, 200, 3], [500], [1, 63, 129]], ids=str)
+@pytest.mark.parametrize("seq_len,stride", [(64, 64), (64, 16), (64, 63), (100, 1), (1, 1)])
+def test_document_windows_score_every_target_once_and_cross_no_boundary(lengths, seq_len, stride):
+    tokens = document_stream([*lengths, 5])
+    document = (tokens == T.BOS_ID).cumsum(0)
+    coverage = np.zeros(len(tokens) - 1, int)
+    windows = T.document_windows(tokens, seq_len, stride)
+    for start, score_from, end in windows:
+        assert start <= score_from < end <= start + seq_len and document[start] == document[end - 1]
+        assert tokens[start] == T.BOS_ID or score_from - start == seq_len - stride, "all its document, or the context that is due"
+        coverage[score_from:end] += 1
+    assert (coverage == 1).all()
+    for first in {0, 1, min(40, len(tokens) - 2), len(tokens) - 2}:  # any stretch: the same windows, cut to it
+        last = min(first + 90, len(tokens) - 1)
+        cut = [
+            w._replace(score_from=max(w.score_from, first), end=min(w.end, last)) for w in windows if w.end > first and w.score_from < last
+        ]
+        assert T.document_windows(tokens, seq_len, stride, first, last) == cut
+
+
+def test_no_document_window_depends_on_what_comes_after_its_targets():
+    tokens = document_stream([150, 30, 90])
+    for place in (20, 100, 149, 150, 151, 200):
+        other = tokens.clone()
+        other[place:] = document_stream([7, 40] * 10, seed=1)[: len(tokens) - place]
+        before = [
+            {t: w.start for w in T.document_windows(x, 64, 24) for t in range(w.score_from, w.end) if t < place} for x in (tokens, other)
+        ]
+        assert before[0] == before[1]
+
+
+@pytest.mark.parametrize("pattern", ["GSTA", "AAAA"])
+def test_evaluation_by_document_is_each_document_alone(dataset, pattern):
+    """To the bit, whatever is batched with what and on however many ranks; and the documents' sum is the score."""
+    cfg = T.resolve_config({**dataset.settings, "LAYER_PATTERN": pattern, "EVAL_BY_DOCUMENT": "1"})
+    model, ctx = T.build_model(cfg), T.RunContext()
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.abs().max() == 0:
+                param.normal_(std=0.1)
+    tokens = document_stream([100, 7, 64, 65, 1, 500, 33, 2, 257])
+    windows, scores = T.document_windows(tokens, 256, 64), []
+    for batch, ranks in ((1, 1), (3, 1), (16, 1), (5, 2), (2, 3)):
+        nll = torch.full((len(tokens) - 1,), torch.nan)
+        for rank in range(ranks):
+            for positions, values in T.score_windows(model, tokens, windows[rank::ranks], 256, 64, batch):
+                nll[positions] = values
+        scores.append(nll)
+    assert all(torch.equal(scores[0], other) for other in scores[1:])
+    starts = [*(tokens == T.BOS_ID).nonzero().flatten().tolist(), len(tokens) - 1]
+    for start, end in itertools.pairwise(starts):
+        if end > start:
+            one = tokens[start : end + 1]
+            with torch.no_grad():
+                for at, score_from, until in T.document_windows(one, 256, 64):
+                    alone = model(one[None, at:until].long(), one[None, at + 1 : until + 1].long(), reduction="none")[0, score_from - at :]
+                    torch.testing.assert_close(scores[0][start + score_from : start + until], alone, rtol=1e-5, atol=1e-5)
+    table = T.ByteTable.from_tokenizer(T.load_tokenizer(dataset.tokenizer))
+    result = T.evaluate(model, tokens, table, cfg, ctx, 256, 64)
+    assert result.val_loss == scores[0].double().mean().item() and result.tokens_scored == len(tokens) - 1

@@ -90,10 +90,12 @@ def test_schedules():
 @pytest.mark.parametrize("targets,seq_len,stride,chunk,block", [
     (1, 24, 8, 64, 16), (23, 24, 8, 64, 16), (131, 24, 24, 50, 7), (200, 24, 5, 61, 16), (97, 40, 1, 13, 4), (150, 64, 16, 1000, 1000),
 ])  # fmt: skip
-def test_learning_rate_zero_is_the_plain_sliding_evaluation(targets, seq_len, stride, chunk, block):
+@pytest.mark.parametrize("by_document", [False, True])
+def test_learning_rate_zero_is_the_plain_sliding_evaluation(targets, seq_len, stride, chunk, block, by_document):
     """Also with chunks shorter than the window, odd strides and tails, through the plain and through the experts' path."""
     tokens = stream(targets + 1)
     cfg = config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_tokens=chunk, expert_block_tokens=block, ttt_lr=0.0)
+    cfg = cfg.replace(eval_by_document=by_document)
     tested = evaluator(cfg)
     plain = evaluate(tested.forward, tokens, byte_table(), cfg, RunContext(), seq_len, stride)
     for sample in ((), (0, targets - 1)):
@@ -231,8 +233,9 @@ def test_experts_gain_and_report_what_each_is_worth():
     assert trace.invalid["mean_sum_over_vocabulary"] > 0 and trace.invalid["valid"] is False
 
 
-def test_the_whole_pipeline_passes_its_audit():
-    cfg = config(**WITH_EXPERTS, ttt_polyak=0.5, ttt_hash_buckets=32)
+@pytest.mark.parametrize("by_document", [False, True])
+def test_the_whole_pipeline_passes_its_audit(by_document):
+    cfg = config(**WITH_EXPERTS, ttt_polyak=0.5, ttt_hash_buckets=32, eval_by_document=by_document)
     tested, tokens = evaluator(cfg), stream(260)
     looking = eval_ttt.AuditedRun(tested, tokens)
     trace = tested.run(tokens, sample=looking.sample)
