@@ -111,7 +111,7 @@ def test_every_preset_and_variant_resolves(preset):
 
 
 # The cards' models (published parameter counts in millions), within 3 %.
-CARDS = {"gdn_hybrid": 33.9, "gdn3_fa8": 35.9, "legal_ttt": 35.9, "token_shift": 27.0, "ngram_hedge": 33.3}
+CARDS = {"gdn_hybrid": 33.9, "gdn3_fa8": 35.9, "legal_ttt": 35.9, "token_shift": 27.0, "ngram_hedge": 33.3, "frontier": 35.9}
 
 
 @pytest.mark.parametrize("preset", CARDS)
