@@ -81,13 +81,20 @@ def row_scales(weight: Tensor, bits: int, clip_sigmas: Tensor | float, mantissa_
 
     With `mantissa_bits` < 10 the scale is rounded further: the stored bytes compress, and since symbols are chosen for the rounded
     scale, only the clip moves (by 3 % at most for 4 bits). A row without spread (constant, or a single column) has no standard
-    deviation to scale by; its grid ends at its own magnitude. A row of zeros gets scale 1. Raises UserError where float16 overflows.
+    deviation to scale by; its grid ends at its own magnitude, as does that of a row so far off zero that the clip would cut it away. A row of
+    zeros gets its matrix's median scale, which packs like the rest (1 where all are zero). Raises UserError where float16 overflows.
     """
     top = largest_code(bits)
     spread = weight.std(dim=-1, unbiased=weight.size(-1) > 1)  # as `train_gpt.FakeQuantize` has it
     magnitude = weight.abs().amax(dim=-1)
-    scale = torch.where(spread > 1e-6 * magnitude, clip_sigmas * spread / top, magnitude / top)
-    scale = torch.where(magnitude == 0, torch.ones_like(scale), scale)
+    whole = magnitude / top
+    scale = torch.where(spread > 1e-6 * magnitude, clip_sigmas * spread / top, whole)
+    off_centre = (whole > scale) & (weight.mean(dim=-1).abs() > spread)
+    if off_centre.any():
+        clipped, kept = ((round_to_grid(weight, grid, bits) * grid[..., None] - weight).square().sum(dim=-1) for grid in (scale, whole))
+        scale = torch.where(off_centre & (kept < clipped), whole, scale)
+    typical = scale.masked_fill(magnitude == 0, math.nan).nanmedian(dim=-1, keepdim=True).values.nan_to_num(1.0)
+    scale = torch.where(magnitude == 0, typical, scale)
     mantissa, exponent = torch.frexp(scale)
     scale = torch.ldexp((mantissa * 2.0 ** (mantissa_bits + 1)).round(), exponent - (mantissa_bits + 1))
     scale = scale.clamp(min=2.0**-24).to(torch.float16)  # below lies zero, and a zero scale loses its row
@@ -118,13 +125,14 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 
     One factorization and one triangular inverse: with J the reversal of the axes and `JHJ = LLᵀ`, `R = JLJ` is upper
     triangular, `H = RRᵀ`, and so `U = R⁻¹`. In float64, because a 2048-wide Hessian of correlated activations has a condition
-    number that float32 does not survive. Where even that fails, λ grows tenfold. Raises UserError when nothing helps.
+    number that float32 does not survive. Where even that fails, λ grows tenfold, from 1e-9 at least: a singular Hessian (equal
+    neurons, fewer positions than inputs) has no factor without damping. Raises UserError when nothing helps.
     """
     matrix = hessian.double()
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    for attempt in range(6):
-        damped = matrix + (damp * 10**attempt * mean)[:, None, None] * eye
+    for damping in (damp, *(max(damp, 1e-9) * 10**attempt for attempt in range(1, 8))):
+        damped = matrix + (damping * mean)[:, None, None] * eye
         lower, info = torch.linalg.cholesky_ex(damped.flip(-1, -2))
         if not info.any():
             upper = lower.flip(-1, -2)
@@ -156,8 +164,10 @@ def prepare_hessian(hessian: Tensor, damp: float = 0.01) -> Prepared:
     dead = diagonal <= 0
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
     ordered = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    live = torch.diag_embed(dead.gather(1, order).to(hessian))  # a dead input gets a diagonal of 1, so that a factor exists
-    return Prepared(hessian, order, inverse_factor(ordered + live, damp), dead)
+    # A dead input gets the live ones' mean diagonal: a factor exists, and the damping, which looks at the mean, is theirs.
+    live = diagonal.clamp(min=0).sum(dim=-1) / (~dead).sum(dim=-1).clamp(min=1)
+    filler = dead.gather(1, order) * torch.where(live > 0, live, 1.0)[:, None]
+    return Prepared(hessian, order, inverse_factor(ordered + torch.diag_embed(filler), damp), dead)
 
 
 @dataclass

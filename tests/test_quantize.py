@@ -151,7 +151,7 @@ def test_dead_columns_and_constant_rows():
     h[5], h[:, 5] = 0.0, 0.0
     codes, scales, restored = Q.gptq(weight, h, 6, 12.85)
     assert not codes[:, 5].any() and torch.isfinite(restored).all()
-    assert not restored[3].any() and scales[3] == 1
+    assert not restored[3].any() and scales[3] == scales.float().nanquantile(0.5, interpolation="lower").half()
     _, _, nearest = Q.quantize_rtn(weight, 6, 12.85)
     assert torch.allclose(nearest[2], weight[2], rtol=1e-3)
     dead = Q.gptq(weight, torch.zeros(16, 16), 6, 12.85)
@@ -162,6 +162,54 @@ def test_sdclip_scale_is_as_defined():
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     expected = (12.85 * weight.std(dim=1) / 31).half()
     assert torch.equal(Q.row_scales(weight, 6, 12.85).half(), expected)
+
+
+def test_a_row_of_zeros_gets_its_matrix_median_scale():
+    """1.0 among scales of 0.01 would leave the scales' range coder nothing to do."""
+    weight = 0.004 * torch.randn(2, 201, 64, generator=torch.Generator().manual_seed(0))
+    weight[0, 7] = weight[1] = 0.0
+    scales = Q.row_scales(weight, 6, 12.85, mantissa_bits=5)
+    others = torch.cat((scales[0, :7], scales[0, 8:])).sort().values
+    assert others[99] <= scales[0, 7] <= others[100] and (scales[1] == 1).all()
+    assert packing.encode_scales([scales[0].half().numpy()]) is not None
+
+
+@pytest.mark.parametrize("mean, sigma", [(1.0, 0.01), (0.5, 1e-6), (-3.0, 0.2)])
+def test_rows_far_off_zero_are_not_clipped_away(mean, sigma):
+    """SDClip centres its grid at zero and measures spread about the mean: a row whose mean dwarfs its spread keeps its values."""
+    weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[1] = mean + sigma * torch.randn(256, generator=torch.Generator().manual_seed(1))
+    _, scales, nearest = Q.quantize_rtn(weight, 6, 12.85)
+    assert (nearest[1] - weight[1]).abs().max() <= 0.51 * weight[1].abs().max() / 31
+    weight[1] = 0.02 * torch.randn(256)
+    assert torch.equal(scales[2:], Q.quantize_rtn(weight, 6, 12.85)[1][2:])  # its neighbours' scales are what they were
+
+
+def test_gptq_is_blind_to_the_inputs_scale_with_dead_inputs_too():
+    weight = torch.randn(16, 48, generator=torch.Generator().manual_seed(0))
+    h = hessian(48)
+    h[5], h[:, 5] = 0.0, 0.0
+    ratios = []
+    for scale in (1.0, 2.0**-20):  # a power of two: the same bits otherwise
+        solved = Q.gptq_batch(weight[None], Q.prepare_hessian(scale * h[None], 0.01), 4, 3.0)
+        ratios.append(float(solved.error / solved.rtn_error))
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-6)
+    live = [i for i in range(48) if i != 5]
+    alone = Q.gptq_batch(weight[None, :, live], Q.prepare_hessian(h[live][:, live][None], 0.01), 4, 3.0)
+    assert ratios[0] == pytest.approx(float(alone.error / alone.rtn_error), rel=0.1)  # as if the dead one were not there
+
+
+def test_no_damping_on_a_singular_hessian():
+    h = hessian(24)
+    h[3], h[:, 3] = h[4], h[:, 4]
+    h[3, 3] = h[3, 4] = h[4, 3] = h[4, 4]
+    weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
+    for low_rank in (h, hessian(24, rows=6)):
+        solved = Q.gptq_batch(weight[None], Q.prepare_hessian(low_rank[None], 0.0), 6, 12.85)
+        assert 0 <= float(solved.error) <= float(solved.rtn_error)
+    regular = hessian(24)
+    exact = Q.inverse_factor(regular[None], 0.0)[0].double()
+    assert torch.allclose(exact.T @ exact @ regular.double(), torch.eye(24, dtype=torch.float64), atol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
