@@ -255,7 +255,7 @@ def encode_block(block: Block) -> None:
     """
     counters: Counter = Counter()
     found = list(block_documents(block, counters))
-    pieces = [np.array([BOS_ID, *ids], "<u2") for ids in _processor.encode([document.text for document in found], num_threads=1)]
+    pieces = [np.array(ids, "<u2") for ids in _processor.encode([d.text for d in found], add_bos=True, num_threads=1)]
     is_val = np.array([document.split == "val" for document in found], bool)
     for i in np.flatnonzero(is_val):
         if _processor.decode(pieces[i][1:].tolist()) != found[i].text:
@@ -781,6 +781,8 @@ def prepare(args: argparse.Namespace, command: str) -> None:
             raise UserError(f"{job.out}: not a folder")
         if manifest is not None and manifest.get("job") == job.identity:
             say(f"{job.out}: damaged or incomplete; building it again")
+        elif manifest is None and (job.out / "manifest.json").exists():
+            raise UserError(f"{job.out / 'manifest.json'}: damaged, so what is there cannot be told; --overwrite builds it again")
         elif any(job.out.iterdir()):
             raise UserError(f"{job.out}: holds another dataset; choose --name or --out, or replace it with --overwrite")
     started = time.perf_counter()

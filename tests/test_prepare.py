@@ -575,6 +575,8 @@ def test_damaged_dataset_is_built_again_and_another_one_is_kept(here, tokenizer,
 
     assert "--overwrite" in refused(capsys, *command, 0.3)
     assert files_of(here / "set") == expected
+    (here / "set/manifest.json").write_text("{")
+    assert "set/manifest.json: damaged" in refused(capsys, *command, 0.2)
     prepare_ok(*command, 0.3, "--overwrite")
     assert manifest_of(here / "set")["splits"]["val"]["documents"] > manifest_of_bytes(expected)["splits"]["val"]["documents"]
     assert sorted(p.name for p in here.iterdir()) == ["in.jsonl", "set"]
