@@ -33,31 +33,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.shards import load_manifest
+from data.shards import BOS_ID, ByteTable, load_manifest, load_tokenizer
 from parts import audit as auditing
 from parts import packing
 from parts.artifact import Artifact, load_artifact
 from parts.audit import Ledger, Trace
 from parts.code import code_bytes
 from parts.experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
+from parts.files import UserError, atomic_write, cli
 from train_gpt import (
-    BOS_ID,
     GPT,
     SIZE_LIMIT_BYTES,
-    ByteTable,
     Config,
     HashEmbedding,
     Linear,
     RunContext,
-    UserError,
     Window,
-    atomic_write,
-    cli,
     compile_mode,
     document_windows,
     eval_batch_size,
     evaluate,
-    load_tokenizer,
     load_tokens,
     maybe_compile,
     near_misses,

@@ -36,35 +36,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.shards import ByteTable, list_shards, load_shard, load_tokenizer, tokenizer_hash
 from parts import packing
 from parts.artifact import restore_weights
 from parts.code import SCRIPT_NAME, code_bytes, code_script
+from parts.files import UserError, atomic_write, cli
 from parts.packing import Record
 from train_gpt import (
     GPT,
     SIZE_LIMIT_BYTES,
-    ByteTable,
     CausalAttention,
     Config,
     Linear,
     RunContext,
     TokenStream,
-    UserError,
-    atomic_write,
     build_model,
-    cli,
     evaluate,
-    list_shards,
     load_run,
-    load_shard,
-    load_tokenizer,
     load_tokens,
     load_weights,
     near_misses,
     parameter_table,
     resolve_config,
     setup_distributed,
-    tokenizer_hash,
 )
 
 

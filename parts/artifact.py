@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.shards import load_tokenizer, tokenizer_hash
 from parts import packing
 from parts.files import UserError
 from parts.packing import Record
-from train_gpt import GPT, Config, build_model, load_tokenizer, load_weights, resolve_config, tokenizer_hash
+from train_gpt import GPT, Config, build_model, load_weights, resolve_config
 
 
 def dequantize(record: Record) -> Tensor:

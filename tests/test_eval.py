@@ -11,10 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import eval_ttt
+from data.shards import BOS_ID, ByteTable
 from eval_ttt import Chunk, ScoreFirstEvaluator, chunk_lr, plan_chunks
 from parts import audit
 from parts.audit import FAIL, NOT_CHECKED, PASS
-from train_gpt import BOS_ID, ByteTable, Config, RunContext, UserError, build_model, evaluate, parameter_table
+from parts.files import UserError
+from train_gpt import Config, RunContext, build_model, evaluate, parameter_table
 
 VOCAB = 32
 SMALL = dict(

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parts import packing
+from parts.files import UserError
 from parts.packing import Record
-from train_gpt import UserError
 
 GENERAL = [name for name in packing.COMPRESSORS if name != "range"]
 SHAPES = [(1, 1), (1, 17), (33, 1), (7, 129), (128, 64), (3, 9000)]

@@ -17,9 +17,11 @@ from test_packing import reseal
 
 import quantize as Q
 import train_gpt
+from data.shards import BOS_ID
 from parts import code, packing
 from parts.artifact import load_artifact, restore_weights
-from train_gpt import BOS_ID, Config, RunContext, UserError
+from parts.files import UserError
+from train_gpt import Config, RunContext
 
 ROOT = Path(__file__).resolve().parent.parent
 HYBRID = {
