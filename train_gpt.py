@@ -1507,7 +1507,7 @@ def output_head(x: Tensor, norm: nn.Module, weight: Tensor, targets: Tensor | No
     x = norm(x.mean(0) if x.dim() == 4 else x)
     if targets is None or reduction != "mean":
         x = x.float()
-    elif fused and torch.is_grad_enabled():
+    elif fused and cap <= kernels.LARGEST_CAP and torch.is_grad_enabled():
         return kernels.softcap_cross_entropy(x, weight.to(x.dtype), targets, cap)
     logits = softcap(F.linear(x, weight.to(x.dtype)).float(), cap)
     if targets is None:
@@ -1537,18 +1537,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None = None) -> Tensor:
         """x, x0 [B,T,C] -> [B,T,C]; with two lanes x is [2,B,T,C], or [B,T,C] where they begin, and so is the result. `scale` multiplies
         the norms; a tensor, so that layers of one kind share one compiled graph."""
-        mix, scale = self.resid_mix.to(x.dtype), scale.to(x.dtype)
         lanes = list(x) if x.dim() == 4 else [x] * self.lanes
         if skip is not None:  # skips go into the first lane
             lanes[0] = torch.lerp(skip.weight.to(x.dtype) * skip.kept, lanes[0], torch.sigmoid(skip.gate).to(x.dtype))
-        x = lanes[0]
+        x_in, normed = (kernels.mix_norm if ctx.kernels.fused else kernels.plain_mix_norm)(lanes[0], x0, self.resid_mix, scale)
+        scale = scale.to(x.dtype)
         if self.lanes == 2:
-            mixed = self.mixer(rms_norm(mix[0] * x + mix[1] * x0) * scale, ctx, self.mixer_scale)
+            mixed = self.mixer(normed, ctx, self.mixer_scale)
             hidden = self.mlp(rms_norm(lanes[1]) * scale, ctx, self.mlp_scale)
             keep, write = self.lane_keep.to(x.dtype), self.lane_write.to(x.dtype)
             return torch.stack([keep[n] * lanes[n] + write[0, n] * mixed + write[1, n] * hidden for n in range(2)])
-        x_in = mix[0] * x + mix[1] * x0
-        normed = rms_norm(x_in) * scale
         x = x_in + self.mixer(normed, ctx, self.mixer_scale)
         return x + self.mlp(normed if self.parallel else rms_norm(x) * scale, ctx, self.mlp_scale)
 
@@ -2900,13 +2898,13 @@ class Benchmark(Trainer):
             flops = flops_per_token(model)
             report["phases"]["looping" if looping else "plain"] = {
                 "tokens_per_second": tokens / seconds, "milliseconds": 1000 * seconds, "flops_per_token": flops,
-                "mfu": flops * tokens / seconds / ctx.world_size / peak if peak else None, "parts_ms": self.parts(),
+                "mfu": flops * tokens / seconds / ctx.world_size / peak if peak else None, **self.profiled_step(),
                 "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
             }  # fmt: skip
         return report
 
-    def parts(self) -> dict[str, float]:
-        """Milliseconds of one profiled step by part: the device's time (on a CPU its own) of every operation, sorted by name and shape."""
+    def profiled_step(self) -> dict:
+        """Milliseconds of one step by part, and its costliest operations: the device's time (on a CPU its own), sorted by name and shape."""
         from torch.profiler import ProfilerActivity, profile
 
         on_cuda = self.ctx.device.type == "cuda"
@@ -2919,8 +2917,9 @@ class Benchmark(Trainer):
                 call()
                 self.synchronize()
             for row in profiled.key_averages(group_by_input_shape=True):
+                # A kernel's time stands at the operation that launched it, and once more under its own name.
                 spent = row.self_device_time_total if on_cuda else row.self_cpu_time_total
-                if spent:
+                if spent and row.device_type == torch.autograd.DeviceType.CPU:
                     into[row.key, str(row.input_shapes)] = spent / 1000
 
         whole: dict[tuple[str, str], float] = {}
@@ -2932,10 +2931,10 @@ class Benchmark(Trainer):
         collect(outside, lambda: update(0.0, self.cfg.muon_momentum))
         totals = dict.fromkeys(("attention", "MLP", "head and loss", "mixers", "norms and residual", "optimizer", "rest"), 0.0)
         totals["optimizer"] = sum(outside.values())
-        self.operations = sorted(((spent, *key) for key, spent in whole.items()), reverse=True)
         for (name, shapes), spent in whole.items():
             totals[self.part_of(name, shapes)] += spent
-        return totals
+        costliest = sorted(((round(spent, 3), name, shapes) for (name, shapes), spent in whole.items()), reverse=True)[:40]
+        return {"parts_ms": totals, "operations": costliest}
 
     def part_of(self, name: str, shapes: str) -> str:
         cfg, sizes = self.cfg, set(map(int, re.findall(r"\d+", shapes)))
