@@ -27,6 +27,7 @@ import dataclasses
 import datetime
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -2533,8 +2534,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, ctx: RunContext, folder: Path):
         self.cfg, self.ctx, self.folder = cfg, ctx, folder
-        self.batches = {length: plan_batch(cfg, ctx, length) for length, _ in sequence_lengths(cfg)}
-        self.batch = self.batches[sequence_length(cfg, 0.0)]
+        self._plan()
         self.byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)).to("cpu")
         self.tokenizer_sha256 = tokenizer_hash(cfg.tokenizer_path)
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
@@ -2546,6 +2546,10 @@ class Trainer:
                 f"a step takes {self.batch.tokens:,} tokens, but the training shards hold {stream.total_tokens:,}: lower TRAIN_BATCH_TOKENS"
             )
         self._build(stream)
+
+    def _plan(self) -> None:
+        self.batches = {length: plan_batch(self.cfg, self.ctx, length) for length, _ in sequence_lengths(self.cfg)}
+        self.batch = self.batches[sequence_length(self.cfg, 0.0)]
 
     def _build(self, stream: TokenStream) -> None:
         cfg, ctx = self.cfg, self.ctx
@@ -2864,8 +2868,8 @@ class Benchmark(Trainer):
 
     def __init__(self, cfg: Config, ctx: RunContext):
         self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.runs_dir)
-        self.batch = plan_batch(cfg, ctx)
-        self._build(SyntheticStream(cfg.vocab_size, self.batch.sequences * cfg.train_seq_len * 2 + 1))
+        self._plan()
+        self._build(SyntheticStream(cfg.vocab_size, 2 * self.batch.tokens + 1))
 
     def run(self) -> dict:
         cfg, ctx, model = self.cfg, self.ctx, self.state.model
@@ -2877,15 +2881,15 @@ class Benchmark(Trainer):
         self.compile_warmup()
         device = torch.cuda.get_device_name(ctx.device) if on_cuda else "cpu"
         peak = next((flops for chip, flops in PEAK_BF16_FLOPS.items() if chip in device), None)
-        tokens = self.batch.sequences * cfg.train_seq_len
+        tokens = self.batch.tokens
         report = {
             "preset": os.environ.get("PRESET", ""), "device": device, "world_size": ctx.world_size, "torch": torch.__version__,
             "triton": kernels.triton.__version__ if kernels.triton else None, "kernels": dataclasses.asdict(model.kernels),
-            "compile": compile_mode(cfg, ctx.device), "tokens_a_step": tokens, "micro_batch_tokens": self.batch.per_micro * cfg.train_seq_len,
-            "sequence_length": cfg.train_seq_len, "parameters": count_params(model), "first_step_seconds": first_step,
+            "compile": compile_mode(cfg, ctx.device), "tokens_a_step": tokens, "micro_batch_tokens": self.batch.per_micro * self.batch.seq_len,
+            "parameters": count_params(model), "first_step_seconds": first_step,
             "peak_flops": peak, "phases": {},
         }  # fmt: skip
-        for looping in [False, True] if cfg.num_loops else [False]:
+        for looping, (length, self.batch) in itertools.product([False, True] if cfg.num_loops else [False], self.batches.items()):
             model.looping = looping
             for _ in range(2):
                 self.run_step(0.0)
@@ -2895,8 +2899,8 @@ class Benchmark(Trainer):
                 self.run_step(0.0)
             self.synchronize()
             seconds = (time.perf_counter() - began) / self.STEPS
-            flops = flops_per_token(model)
-            report["phases"]["looping" if looping else "plain"] = {
+            flops = flops_per_token(model, length)
+            report["phases"][f"{'looping' if looping else 'plain'} at {length}"] = {
                 "tokens_per_second": tokens / seconds, "milliseconds": 1000 * seconds, "flops_per_token": flops,
                 "mfu": flops * tokens / seconds / ctx.world_size / peak if peak else None, **self.profiled_step(),
                 "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
@@ -2951,15 +2955,17 @@ class Benchmark(Trainer):
     def table(self, report: dict) -> list[str]:
         lines = [
             f"{report['preset'] or 'defaults'} on {ctx_name(report)}, torch {report['torch']}, Triton {report['triton']}: {report['tokens_a_step']:,} tokens a step, "
-            f"{report['micro_batch_tokens']:,} a micro-batch, sequences of {report['sequence_length']}, first step after {report['first_step_seconds']:.1f}s"
+            f"{report['micro_batch_tokens']:,} a micro-batch, first step after {report['first_step_seconds']:.1f}s"
         ]
         names = list(next(iter(report["phases"].values()))["parts_ms"])
-        lines.append(f"{'':<8} {'tok/s':>8} {'ms':>8} {'MFU':>5} {'GiB':>5}  " + "  ".join(f"{name:>18}" for name in names))
+        lines.append(
+            f"{'':<15} {'tok/s':>8} {'ms':>8} {'MFU':>5} {'GiB':>5}  " + "  ".join(f"{name:>{max(9, len(name))}}" for name in names)
+        )
         for phase, row in report["phases"].items():
             mfu = f"{row['mfu']:.0%}" if row["mfu"] else "-"
             memory = f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "-"
-            times = "  ".join(f"{row['parts_ms'][name]:>15.2f} ms" for name in names)
-            lines.append(f"{phase:<8} {_si(row['tokens_per_second']):>8} {row['milliseconds']:>8.1f} {mfu:>5} {memory:>5}  {times}")
+            times = "  ".join(f"{row['parts_ms'][name]:>{max(9, len(name)) - 3}.2f} ms" for name in names)
+            lines.append(f"{phase:<15} {_si(row['tokens_per_second']):>8} {row['milliseconds']:>8.1f} {mfu:>5} {memory:>5}  {times}")
         return lines + [f"kernels: {', '.join(f'{k} {v}' for k, v in report['kernels'].items() if k != 'refused')}"]
 
 

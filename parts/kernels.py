@@ -293,8 +293,8 @@ def _mix_norm_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x.shape
     d_x, d_x0 = torch.empty_like(x), torch.empty_like(x)
-    block = 4
-    programs = min(2 * _programs(x.device), triton.cdiv(rows, block))
+    block = 2
+    programs = min(8 * _programs(x.device), triton.cdiv(rows, block))
     partial = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
     eps = torch.finfo(x.dtype).eps if x.dtype == torch.float32 else torch.finfo(torch.float32).eps
     _mix_norm_backward[(programs,)](

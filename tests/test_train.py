@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment
+from conftest import ROOT, TINY, clean_environment
 
 import train_gpt as T
 
@@ -309,3 +309,24 @@ def test_every_preset_trains_at_small_width(train, dataset, preset):
     meta = T.load_run(folder)[2]
     assert meta["looping"] == bool(T.resolve_config({"PRESET": preset}).num_loops), "recurrence is on at the end and remembered"
     assert time.perf_counter() - began < 120
+
+
+def test_the_benchmark_runs_any_preset_without_data(tmp_path, monkeypatch, capsys):
+    """Every phase (recurrence, sequence length) has its rate and its parts, and each operation is counted in one part."""
+    settings = {
+        **TINY, "RUNS_DIR": str(tmp_path), "RUN_ID": "speed", "DATA_PATH": "nowhere", "TOKENIZER_PATH": "nowhere", "NUM_LOOPS": "1", "LOOP_START": "1",
+        "LOOP_END": "2", "TRAIN_SEQ_LEN": "32", "TRAIN_SEQ_SCHEDULE": "16@0.5,32@1", "TRAIN_BATCH_TOKENS": "128", "DOCUMENT_MASK": "1", "PRESET": "", "DEVICE": "cpu",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(T.Benchmark, "STEPS", 1)
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", "--bench"])
+    assert T.main() == 0
+    report = json.loads((tmp_path / "bench-speed.json").read_text())
+    assert list(report["phases"]) == ["plain at 16", "plain at 32", "looping at 16", "looping at 32"]
+    for phase in report["phases"].values():
+        assert (
+            phase["tokens_per_second"] > 0 and min(phase["parts_ms"][part] for part in ("MLP", "head and loss", "mixers", "optimizer")) > 0
+        )
+        assert phase["flops_per_token"] > 0 and phase["mfu"] is None
+    assert "tok/s" in capsys.readouterr().out
