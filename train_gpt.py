@@ -2889,8 +2889,8 @@ class Benchmark(Trainer):
             "parameters": count_params(model), "first_step_seconds": first_step,
             "peak_flops": peak, "phases": {},
         }  # fmt: skip
-        for looping, (length, self.batch) in itertools.product([False, True] if cfg.num_loops else [False], self.batches.items()):
-            model.looping = looping
+        for looping, batch in itertools.product([False, True] if cfg.num_loops else [False], self.batches.values()):
+            model.looping, self.batch = looping, batch
             for _ in range(2):
                 self.run_step(0.0)
             self.synchronize()
@@ -2899,8 +2899,8 @@ class Benchmark(Trainer):
                 self.run_step(0.0)
             self.synchronize()
             seconds = (time.perf_counter() - began) / self.STEPS
-            flops = flops_per_token(model, length)
-            report["phases"][f"{'looping' if looping else 'plain'} at {length}"] = {
+            flops = flops_per_token(model, batch.seq_len)
+            report["phases"][f"{'looping' if looping else 'plain'} at {batch.seq_len}"] = {
                 "tokens_per_second": tokens / seconds, "milliseconds": 1000 * seconds, "flops_per_token": flops,
                 "mfu": flops * tokens / seconds / ctx.world_size / peak if peak else None, **self.profiled_step(),
                 "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
