@@ -230,26 +230,39 @@ class TestTimeTrainer:
                 for param, value in zip(self.params, live):
                     param.copy_(value)
 
-    def learn(self, tokens: Tensor, chunk: Chunk, lr: float) -> None:
+    def learn(self, tokens: Tensor, chunk: Chunk, lr: float, lengths: Tensor | None = None) -> None:
         """TTT_EPOCHS passes over the chunk's targets. Sequences are as long as in training; the last one reaches back, over targets
-        that then weigh nothing, so that all have one length; each target weighs in once an epoch (by its bytes: TTT_BYTE_WEIGHTED)."""
+        that then weigh nothing, so that all have one length; each target weighs in once an epoch (by its bytes: TTT_BYTE_WEIGHTED).
+
+        tokens [N+1], or [P, N+1]: the chunk of P streams side by side, of which `lengths` [P] says how many targets they have. A stream's share
+        of such a chunk may be short. It then has three times its length of context at most, and more sequences make up a step.
+        """
         cfg, ctx = self.cfg, self.ctx
-        size = min(self.seq_len, chunk.end)
+        streams = tokens if tokens.dim() == 2 else tokens[None]
+        size, batch_seqs = min(self.seq_len, chunk.end), cfg.ttt_batch_seqs
+        if len(streams) > 1:
+            size = min(size, 4 * (chunk.end - chunk.start))
+            batch_seqs *= max(1, self.seq_len // (chunk.end - chunk.start))
         first = max(0, min(chunk.start, chunk.end - size))
         windows = [(first + start, max(first + begin, chunk.start)) for start, begin, _ in plan_windows(chunk.end - first, size, size)]
         index = torch.tensor([start for start, _ in windows], device=ctx.device)[:, None] + torch.arange(size, device=ctx.device)
-        inputs, targets = tokens[index].long(), tokens[index + 1].long()
-        weights = (index >= torch.tensor([begin for _, begin in windows], device=ctx.device)[:, None]).float()
+        weights = (
+            (index >= torch.tensor([begin for _, begin in windows], device=ctx.device)[:, None]).float().repeat_interleave(len(streams), 0)
+        )
+        # Sequences [windows * P, size]: every stream's first, then every stream's second …
+        inputs, targets = (streams[:, at].transpose(0, 1).flatten(0, 1).long() for at in (index, index + 1))
+        if lengths is not None:
+            weights = weights * (index[:, None] < lengths[:, None]).flatten(0, 1)
         if cfg.ttt_byte_weighted:
             weights = weights * self.byte_table.count(inputs, targets).float()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["multiple"]
         healthy = torch.ones((), device=ctx.device, dtype=torch.bool)
-        for start in list(range(0, len(windows), cfg.ttt_batch_seqs)) * cfg.ttt_epochs:
-            batch = slice(start, start + cfg.ttt_batch_seqs)
+        for start in list(range(0, len(inputs), batch_seqs)) * cfg.ttt_epochs:
+            batch = slice(start, start + batch_seqs)
             # A chunk of nothing but zero-byte tokens has no weight at all: its step is zero, not 0/0.
             total = weights[batch].sum().clamp_min(1e-9)
-            mine = torch.arange(len(windows), device=ctx.device)[batch][ctx.rank :: ctx.world_size]
+            mine = torch.arange(len(inputs), device=ctx.device)[batch][ctx.rank :: ctx.world_size]
             with repeatable_gradients(ctx.device):
                 healthy &= self._step(inputs[mine], targets[mine], weights[mine] / total)
         if not healthy:
@@ -260,10 +273,11 @@ class TestTimeTrainer:
 
     def _step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """One optimizer step on this rank's share of a batch (weights sum to 1 over all ranks). Returns whether it was finite."""
-        for start in range(0, len(inputs), self.micro):
-            x, y, w = (t[start : start + self.micro] for t in (inputs, targets, weights))
-            if self.one_shape and len(x) < self.micro:
-                fill = self.micro - len(x)
+        micro = self.micro * self.seq_len // inputs.size(1)
+        for start in range(0, len(inputs), micro):
+            x, y, w = (t[start : start + micro] for t in (inputs, targets, weights))
+            if self.one_shape and len(x) < micro:
+                fill = micro - len(x)
                 x, y = (torch.cat((t, t[-1:].expand(fill, -1))) for t in (x, y))
                 w = torch.cat((w, torch.zeros_like(w[-1:]).expand(fill, -1)))
             (self.forward(x, y, reduction="none") * w).sum().backward()

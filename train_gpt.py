@@ -279,6 +279,9 @@ class Config:
     tilt_beta: float = _eval(0.0, "logit added to the most frequent successor of the context; 0: learned online", low=0)
     tilt_order: int = _eval(2, "order of the n-gram that names it; 0: every order names one", low=0, high=16)
     invalid_cache: bool = _eval(False, "also report what the target-keyed cache formula, which is no probability, would claim")
+    codec_streams: int = _eval(
+        0, "streams that codec.py codes in lockstep; 0: by the text's length, at most 256 on CUDA and 32 elsewhere", low=0, high=65536
+    )
     audit_tokens: int = _eval(0, "the audit's reruns stay within the first n tokens; 0: two chunks and a window", low=0)
     audit_places: int = _eval(6, "places where the audit changes tokens and runs again", low=1)
     audit_samples: int = _eval(64, "positions whose full distribution the audit looks at", low=1)
@@ -1164,7 +1167,7 @@ class DecodeState:
     """
 
     def __init__(self, rows: int, capacity: int, piece: int = 1, device: torch.device | str = "cpu"):
-        self.rows, self.capacity, self.piece = slice(0, rows), capacity, piece
+        self.total, self.rows, self.capacity, self.piece = rows, slice(0, rows), capacity, piece
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.slots: dict[tuple, Tensor] = {}
         self.begun = False
@@ -1172,7 +1175,7 @@ class DecodeState:
     def slot(self, key: tuple, like: Tensor) -> Tensor:
         """This state's rows of the memory called `key`, made of `like`'s shape [rows, …] and type at its first use."""
         if key not in self.slots:
-            self.slots[key] = like.new_zeros(self.rows.stop, *like.shape[1:])
+            self.slots[key] = like.new_zeros(self.total, *like.shape[1:])
         return self.slots[key][self.rows]
 
     def advance(self, length: int) -> None:
@@ -1180,7 +1183,7 @@ class DecodeState:
         self.begun = True
 
     def narrow(self, first: int, last: int) -> DecodeState:
-        """Rows first … last - 1 over the same memory, to be begun in parts where all rows at once would not fit. Needs every slot made."""
+        """Rows first … last - 1 over the same memory, to be begun in parts where all rows at once would not fit."""
         part = copy.copy(self)
         part.rows = slice(first, last)
         return part

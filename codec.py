@@ -1,0 +1,779 @@
+"""A model as a lossless compressor: the evaluation, written down as a file that gives the text back, byte for byte.
+
+    python codec.py compress runs/<RUN_ID>/artifact.bin TEXT OUT         any file, or .jsonl with a document a line ("text")
+    python codec.py decompress OUT TEXT [--artifact ARTIFACT]            the artifact is looked for by its hash if it is not named
+    python codec.py compare TEXT [ARTIFACT]                              the same text under xz, zstd and brotli
+    TTT_ENABLED=0 EXPERTS=none python codec.py compress ...              evaluation settings are environment variables, kept in the file
+
+Bits per byte claim what a code could do. Here the code is written: 8 × file bytes / text bytes is a score that leaves nothing to believe,
+for whoever can decode the text has not looked at it. The probabilities are the evaluation's own: the model under sliding windows,
+score-first test-time training, experts. One loop (`transmit`) serves both directions; a channel either is told the next tokens and writes
+them, or reads them. Nothing else in the loop knows which it is.
+
+Order of coding. The text's tokens are cut into P streams of about equal length, at document starts where one is near. Step t codes token t
+of every stream. Windows are those of `plan_windows` in each stream. Weights train after every P·n tokens, experts count after every P·m,
+where P·n and P·m are as near to TTT_CHUNK_TOKENS and EXPERT_BLOCK_TOKENS as whole steps allow.
+
+Both directions must find the same probabilities to the last bit, so they run the same plain kernels on the same shapes, uncompiled, with
+deterministic gradients, and the file says on what it was written. A CPU's file decodes wherever the same build of torch runs on a CPU of the
+same instruction set; a GPU's on the same kind of GPU. Anything else is refused before the first token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import brotli
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.shards import BOS_ID, SPACE, ByteTable, load_tokenizer, tokenizer_hash
+from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, expert_config, repeatable_gradients
+from parts.artifact import load_artifact
+from parts.experts import ExpertMixture
+from parts.files import UserError, atomic_write, cli, sha256_file
+from train_gpt import (
+    GPT,
+    Config,
+    DecodeState,
+    Kernels,
+    Linear,
+    RunContext,
+    eval_batch_size,
+    near_misses,
+    resolve_config,
+    setup_distributed,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text ↔ documents ↔ tokens, losing nothing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def split_documents(data: bytes, jsonl: bool) -> tuple[list[bytes], list | None]:
+    """(documents, layout): the text inside each JSON line and everything around it, or one document and None.
+
+    layout: [distinct frames, number of each line's frame]. A frame is [before, after, 1 if JSON escapes non-ASCII], in Latin-1, or [line]
+    where a line is not an object with a "text" that JSON would write the same way again.
+    """
+    if not jsonl:
+        return [data], None
+    documents, frames, lines = [], {}, []
+    for line in data.split(b"\n"):
+        text, frame = _document_of(line)
+        if text is not None:
+            documents.append(text)
+        lines.append(frames.setdefault(frame, len(frames)))
+    return documents, [list(frames), lines]
+
+
+def _document_of(line: bytes) -> tuple[bytes | None, tuple]:
+    whole = None, (line.decode("latin-1"),)
+    try:
+        text = json.loads(line)["text"]
+        document = text.encode("utf-8", "surrogateescape")
+        if document.decode("utf-8", "surrogateescape") != text:
+            return whole
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return whole
+    for ascii_only in (0, 1):
+        written = _json_string(document, ascii_only)
+        before, found, after = line.partition(written)
+        if found:
+            return document, (before.decode("latin-1"), after.decode("latin-1"), ascii_only)
+    return whole
+
+
+def _json_string(document: bytes, ascii_only: int) -> bytes:
+    text = json.dumps(document.decode("utf-8", "surrogateescape"), ensure_ascii=bool(ascii_only))
+    return text.encode("utf-8", "surrogateescape")
+
+
+def join_documents(documents: Sequence[bytes], layout: list | None) -> bytes:
+    """The inverse of `split_documents`."""
+    if layout is None:
+        return b"".join(documents)
+    frames, lines = layout
+    waiting, written = iter(documents), []
+    for number in lines:
+        before, *rest = frames[number]
+        line = before.encode("latin-1")
+        if rest:
+            after, ascii_only = rest
+            line += _json_string(next(waiting), ascii_only) + after.encode("latin-1")
+        written.append(line)
+    return b"\n".join(written)
+
+
+class Spelling:
+    """Bytes ↔ tokens of one tokenizer, where decode(encode(x)) == x for every x.
+
+    Text that the tokenizer would not give back (bytes that are no UTF-8, a literal "▁", what a normalizer changes) is narrowed down by
+    halving and spelled in byte pieces; all else is tokenized as the shards are.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.pieces: list[bytes | None] = []  # bytes of each token; None: not text
+        self.byte_token: dict[int, int] = {}
+        for token in range(tokenizer.vocab_size()):
+            piece = tokenizer.id_to_piece(token)
+            if tokenizer.is_byte(token):
+                self.byte_token[int(piece[1:-1], 16)] = token
+                self.pieces.append(bytes((int(piece[1:-1], 16),)))
+            elif tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+                self.pieces.append(None)
+            else:
+                self.pieces.append(piece.replace(SPACE, " ").encode())
+        # A dummy prefix is a space before every document that is not in the text.
+        self.dummy_prefix = tokenizer.id_to_piece(tokenizer.encode("a")[0]).startswith(SPACE)
+
+    def _join(self, tokens: Sequence[int]) -> bytes | None:
+        """The bytes of the pieces, None where one is no text."""
+        pieces = [self.pieces[token] for token in tokens]
+        return None if None in pieces else b"".join(pieces)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        """A document's bytes. Raises UserError for tokens that stand for no text."""
+        data = self._join(tokens)
+        if data is None:
+            raise UserError("a document holds tokens that stand for no text")
+        prefixed = self.dummy_prefix and data[:1] == b" " and not self.tokenizer.is_byte(int(tokens[0]))
+        return data[prefixed:]
+
+    def encode(self, data: bytes) -> list[int]:
+        """A document's tokens. Raises UserError for a byte that the vocabulary cannot spell."""
+        tokens: list[int] = []
+        # Bytes that are no UTF-8 become lone surrogates, which no text has.
+        for run in re.finditer("[\udc80-\udcff]+|[^\udc80-\udcff]+", data.decode("utf-8", "surrogateescape")):
+            valid = not "\udc80" <= run[0][0] <= "\udcff"
+            tokens += self._encode_text(run[0], not run.start()) if valid else self._spell(run[0].encode("utf-8", "surrogateescape"))
+        return tokens
+
+    def _spell(self, data: bytes) -> list[int]:
+        try:
+            return [self.byte_token[byte] for byte in data]
+        except KeyError as error:
+            raise UserError(f"the tokenizer has no piece for byte {error.args[0]:#04x}: it cannot spell this text") from None
+
+    def _encode_text(self, text: str, first: bool) -> list[int]:
+        """first: the text is a document's head, where a dummy prefix is understood. Elsewhere one is a space, so a text begins behind one."""
+        head, body, expected = [], text, text.encode()
+        if self.dummy_prefix and first:
+            expected = b" " + expected
+        elif self.dummy_prefix:
+            before, _, body = text.partition(" ")
+            head = self._spell(before.encode())
+        tokens = head + (self.tokenizer.encode(body) if body else [])
+        if self._join(tokens) == expected:
+            return tokens
+        if len(text) == 1:
+            return self._spell(text.encode())
+        middle = len(text) // 2
+        middle = text.rfind("\n", 1, middle) + 1 or middle
+        return self._encode_text(text[:middle], first) + self._encode_text(text[middle:], False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """How the text is cut. targets int64 [P]: tokens coded in each stream; begins bool [P]: whether it begins with a document's own BOS,
+    which is not coded, or in the middle of one, behind a BOS that the text does not have."""
+
+    targets: np.ndarray
+    begins: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return int(self.targets.max(initial=0))
+
+    @classmethod
+    def cut(cls, tokens: np.ndarray, count: int) -> Streams:
+        """At the document start nearest to each equal part's edge, if one is within a tenth of a part, else at the edge."""
+        if not len(tokens):
+            return cls(np.zeros(1, np.int64), np.zeros(1, bool))
+        size = len(tokens) / count
+        documents, cuts = np.flatnonzero(tokens == BOS_ID), [0]
+        for number in range(1, count):
+            edge = round(number * size)
+            place = np.searchsorted(documents, edge)
+            near = documents[max(place - 1, 0) : place + 1]
+            nearest = near[np.abs(near - edge).argmin()] if len(near) else edge
+            cuts.append(int(nearest if abs(nearest - edge) <= size / 10 else edge))
+        lengths = np.diff([*cuts, len(tokens)])
+        begins = tokens[cuts] == BOS_ID
+        return cls(lengths - begins, begins)
+
+    def summary(self) -> list[int]:
+        """What `read` needs beside the channel: how many, shortest, and how much longer the longest is."""
+        return [len(self.targets), int(self.targets.min()), int(np.ptp(self.targets))]
+
+    def write(self, channel: Channel) -> None:
+        count, least, span = self.summary()
+        if span >= TOTAL:
+            raise UserError(f"{count} streams are too few for this text: raise CODEC_STREAMS")
+        channel.uniform(self.targets - least, count, span + 1)
+        channel.uniform(self.begins, count, 2)
+
+    @classmethod
+    def read(cls, channel: Channel, count: int, least: int, span: int) -> Streams:
+        if not (0 < count <= 65536 and least >= 0 and 0 <= span < TOTAL):
+            raise ValueError(f"{count} streams of {least} + {span} tokens")
+        targets = least + channel.uniform(None, count, span + 1).astype(np.int64)
+        return cls(targets, channel.uniform(None, count, 2).astype(bool))
+
+    def deal(self, tokens: np.ndarray) -> np.ndarray:
+        """The targets as a table int64 [P, steps], filled up with BOS."""
+        table, place = np.full((len(self.targets), self.steps), BOS_ID), 0
+        for row, count, begins in zip(table, self.targets.tolist(), self.begins.tolist()):
+            row[:count] = tokens[place + begins : place + begins + count]
+            place += begins + count
+        return table
+
+    def collect(self, table: np.ndarray) -> np.ndarray:
+        """The inverse of `deal`."""
+        parts = []
+        for row, count, begins in zip(table, self.targets.tolist(), self.begins.tolist()):
+            parts += [np.full(int(begins), BOS_ID), row[:count]]
+        return np.concatenate(parts)
+
+
+def choose_streams(cfg: Config, targets: int, device: torch.device) -> int:
+    """CODEC_STREAMS, or as many as the device serves at about the price of one while each stays long enough to be worth its cold start."""
+    most = cfg.codec_streams or (256 if device.type == "cuda" else 32)
+    return max(1, min(most, targets if cfg.codec_streams else targets // 2048))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frequencies and the range coder
+# ----------------------------------------------------------------------------------------------------------------------
+
+TOTAL = 1 << 24  # the range coder's precision
+
+
+def frequencies(weights: Tensor) -> Tensor:
+    """Whole numbers ≥ 1 that sum to TOTAL, in proportion to weights [n, m] (float64, ≥ 0). int64 [n, m].
+
+    floor(w / Σw · (TOTAL − m)) + 1, what is left over going to the row's largest weight. Costs at most log2(1 + m / TOTAL) bits a symbol, and
+    far less for what is likely.
+    """
+    weights, size = weights + 1e-300, weights.size(1)  # a row whose mass was all rounded away counts as uniform
+    counts = (weights / weights.sum(1, keepdim=True) * (TOTAL - size)).floor().long() + 1
+    return counts.scatter_add(1, weights.argmax(1, keepdim=True), TOTAL - counts.sum(1, keepdim=True))
+
+
+class Channel:
+    """Symbols through a range coder: written when they are given, read when they are not.
+
+    words: what to read, uint32 [n]; None to write.
+    """
+
+    def __init__(self, words: np.ndarray | None = None):
+        from constriction import stream
+
+        self.coder = stream.queue.RangeEncoder() if words is None else stream.queue.RangeDecoder(words)
+        self.family, self.uniform_model = stream.model.Categorical(perfect=False), stream.model.Uniform
+        self.writes = words is None
+
+    def code(self, counts: np.ndarray, symbols: np.ndarray | None) -> np.ndarray:
+        """Code int32 symbols [n], each under its own row of counts int64 [n, m] with sum TOTAL; returns them."""
+        # The coder makes of m weights floor(running sum · (TOTAL − m) / Σ) + m': of whole numbers that sum to TOTAL − m, exactly these + 1.
+        weights = (counts - 1).astype(np.float32)
+        if self.writes:
+            self.coder.encode(symbols, self.family, weights)
+            return symbols
+        return self.coder.decode(self.family, weights)
+
+    def uniform(self, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+        """Code `count` whole numbers below `size` ≤ TOTAL that are all equally likely."""
+        if size == 1 or not count:
+            return np.zeros(count, np.int32)
+        if self.writes:
+            self.coder.encode(values.astype(np.int32), self.uniform_model(size))
+            return values
+        return self.coder.decode(self.uniform_model(size), count)
+
+    def token(self, probs: Tensor, rows: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
+        """Code tokens int64 [n] of the streams `rows` [n] under probs [P, V] (float64); returns them.
+
+        In two parts of about √V symbols: which run of the vocabulary, then which token of it. So a step brings a few hundred numbers a
+        stream from the device, not V, and rare tokens keep more of the coder's precision.
+        """
+        size = math.isqrt(probs.size(1) - 1) + 1
+        mass = torch.nn.functional.pad(probs, (0, -probs.size(1) % size)).unflatten(1, (-1, size))
+        run, place = (None, None) if tokens is None else divmod(tokens.astype(np.int32), np.int32(size))
+        run = self.code(frequencies(mass.sum(2)).cpu().numpy()[rows], run)
+        runs = np.zeros(len(probs), np.int64)
+        runs[rows] = run
+        inside = mass[torch.arange(len(probs), device=probs.device), torch.from_numpy(runs).to(probs.device)]
+        place = self.code(frequencies(inside).cpu().numpy()[rows], place)
+        return run.astype(np.int64) * size + place
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The predictor: P streams in lockstep
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """A function without arguments, on fixed memory. On CUDA recorded once as a graph and replayed, elsewhere called: the same kernels."""
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device):
+        self.function, self.graph = function, None
+        if device.type != "cuda":
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function()
+
+    def __call__(self) -> Tensor:
+        if self.graph is None:
+            return self.function()
+        self.graph.replay()
+        return self.output
+
+
+class Lockstep:
+    """Everything that predicts the next token of P streams from those before: `predict(t)`, then `reveal(t, tokens)`, for t = 0, 1, …
+
+    What has been revealed is all that it ever sees of the text.
+    """
+
+    def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext, streams: Streams):
+        if cfg.ttt_enabled and cfg.ttt_reset_per_doc:
+            raise UserError(
+                "TTT_RESET_PER_DOC=1: streams in lockstep share their weights; compress with TTT_RESET_PER_DOC=0 or TTT_ENABLED=0"
+            )
+        # The plain kernels: those that choose a variant by timing it would not choose the same one twice. Documents scored from their own
+        # first token are documents that do not see each other.
+        model.cfg = cfg.replace(document_mask=cfg.document_mask or cfg.eval_by_document)
+        model.kernels = Kernels(full="plain" if model.cfg.document_mask else "flash", windowed="plain")
+        self.model, self.cfg, self.ctx, self.device = model, cfg, ctx, ctx.device
+        self.targets, self.steps, rows = streams.targets, streams.steps, len(streams.targets)
+        self.lengths = torch.from_numpy(streams.targets).to(self.device)
+        # Column t is the token before target t; the last one's successor is never needed, but written.
+        self.tokens = torch.full((rows, self.steps + 1), BOS_ID, dtype=torch.int64, device=self.device)
+        self.window = cfg.eval_seq_len or cfg.train_seq_len
+        self.stride = cfg.eval_stride
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.fake_quantize = None
+        self.trainer, self.weights = None, contextlib.ExitStack()
+        if cfg.ttt_enabled and cfg.ttt_epochs:
+            self.trainer = TestTimeTrainer(model, model, cfg, byte_table.to(self.device), ctx, cfg.ttt_seq_len or self.window)
+            self.weights.enter_context(self.trainer.scoring_weights())
+        self.chunk_steps = max(1, round(cfg.ttt_chunk_tokens / rows))
+        config = expert_config(cfg)
+        self.mixture = ExpertMixture(dataclasses.replace(config, report=False), cfg.vocab_size, self.device) if config.names else None
+        self.block_steps = max(1, round(cfg.expert_block_tokens / rows))
+        self.block: list[Tensor] = []  # logits [P, V] of the steps not counted yet
+        self.state = DecodeState(rows, min(self.window, max(self.steps, 1)), device=self.device)
+        self.start = -1  # of the window that the state holds
+        self.input = torch.full((rows, 1), BOS_ID, dtype=torch.int64, device=self.device)
+        self.step: Replay | None = None
+
+    # -- predicting --
+
+    def window_start(self, t: int) -> int:
+        """First input of the window that scores target t: `plan_windows`, except that a stream's last window is not moved back."""
+        return 0 if t < self.window else (t - self.window) // self.stride * self.stride + self.stride
+
+    @torch.no_grad()
+    def predict(self, t: int) -> Tensor:
+        """Probabilities float64 [P, V] of target t in every stream."""
+        logits = self._logits(t)
+        if self.mixture is None:
+            return logits.double().softmax(-1)
+        if t % self.block_steps == 0:
+            self.block = []
+        self.block.append(logits.clone())
+        return self.mixture.predict(logits, self._contexts(t)).distribution().double()
+
+    def _logits(self, t: int) -> Tensor:
+        start = self.window_start(t)
+        if start != self.start:
+            self.start = start
+            return self._begin(start, t)
+        if self.step is None and self.device.type != "cuda":
+            self.step = Replay(self._step, self.device)
+        self.input.copy_(self.tokens[:, t : t + 1])
+        return self.step()
+
+    def _step(self) -> Tensor:
+        return self.model(self.input, state=self.state)[:, -1]
+
+    def _begin(self, start: int, t: int) -> Tensor:
+        """Fill the caches anew with inputs start … t, in parts that fit the device; logits of target t."""
+        if self.step is None and self.device.type == "cuda":  # record a step before anything is in the memory that its rehearsal writes to
+            self.model(self.input, state=self.state)
+            self.step = Replay(self._step, self.device)
+        rows = min(len(self.tokens), eval_batch_size(self.cfg, t + 1 - start, self.device))
+        self.state.begun = False
+        parts = []
+        for first in range(0, len(self.tokens), rows):
+            last = min(first + rows, len(self.tokens))
+            part = self.state.narrow(first, last)
+            parts.append(self.model(self.tokens[first:last, start : t + 1], score_last=1, state=part)[:, -1])
+        self.state.begun = True
+        return torch.cat(parts)
+
+    def _contexts(self, t: int) -> Tensor:
+        """Context rows [P, K-1] of target t, as `context_rows` makes them for one stream."""
+        length = self.mixture.context_length
+        known = self.tokens[:, max(0, t + 1 - length) : t + 1].flip(1)
+        return torch.nn.functional.pad(known, (0, length - known.size(1)), value=self.cfg.vocab_size)
+
+    # -- learning, from what has been coded --
+
+    def reveal(self, t: int, tokens: Tensor) -> None:
+        """Targets t int64 [P] are known now (BOS where a stream has ended)."""
+        self.tokens[:, t + 1] = tokens
+        if self.mixture and len(self.block) == self.block_steps:
+            self._count(t)
+        if self.trainer and (t + 1) % self.chunk_steps == 0 and t + 1 < self.steps:
+            self._train(t + 1)
+
+    @torch.no_grad()
+    def _count(self, t: int) -> None:
+        """Let the experts learn from the block that ends with target t, in the order in which it was coded."""
+        steps = range(t + 1 - len(self.block), t + 1)
+        live = torch.cat([self.lengths > step for step in steps])
+        contexts = torch.cat([self._contexts(step) for step in steps])[live]
+        targets = self.tokens[:, steps.start + 1 : t + 2].T.flatten()[live]
+        prediction = self.mixture.predict(torch.cat(self.block)[live], contexts)
+        with repeatable_gradients(self.device):  # sums over positions are scattered, too
+            self.mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))
+
+    def _train(self, end: int) -> None:
+        """Train on every stream's targets end - chunk_steps … end - 1."""
+        self.weights.close()
+        number, count = end // self.chunk_steps - 1, -(-self.steps // self.chunk_steps)
+        self.trainer.learn(self.tokens, Chunk(end - self.chunk_steps, end), chunk_lr(self.cfg, number, count), self.lengths)
+        self.weights.enter_context(self.trainer.scoring_weights())
+        self.start = -1  # the caches are of the old weights
+
+
+def transmit(
+    lockstep: Lockstep, channel: Channel, known: np.ndarray | None, probe: Callable[[int, Tensor], None], progress: Callable[[int], None]
+) -> tuple[np.ndarray, float]:
+    """The one loop of both directions. known int64 [P, steps]: the targets to write; None to read them.
+
+    Returns the targets [P, steps] (BOS where a stream has ended) and what they cost by their probabilities, bits. `probe(t, probabilities)`
+    looks at each step before it is coded, `progress(tokens)` is told of it afterwards.
+    """
+    cost = torch.zeros((), dtype=torch.float64, device=lockstep.device)
+    for t in range(lockstep.steps):
+        probs = lockstep.predict(t)
+        probe(t, probs)
+        rows = np.flatnonzero(lockstep.targets > t)
+        coded = channel.token(probs, rows, None if known is None else known[rows, t])
+        if (coded >= probs.size(1)).any():
+            raise UserError("damaged: it names a token beyond the vocabulary")
+        column = np.full(len(probs), BOS_ID)
+        column[rows] = coded
+        tokens = torch.from_numpy(column).to(lockstep.device)
+        cost -= (probs.gather(1, tokens[:, None]).squeeze(1).log2() * (lockstep.lengths > t)).sum()
+        lockstep.reveal(t, tokens)
+        progress(len(rows))
+    return lockstep.tokens[:, 1:].cpu().numpy(), cost.item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file: magic, hashes of artifact and tokenizer, header, range coder's words, hash of the text, hash of the file
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAGIC = b"golfzip1"
+_FIXED = struct.Struct("<8s32s32sI")  # magic, artifact, tokenizer, length of the header
+_DIGEST = 16  # bytes of the file's own sha256 that are kept
+# Settings that say where things are or how they are reported; all others may move a probability and are kept in the file.
+_ELSEWHERE = ("data_path", "tokenizer_path", "runs_dir", "run_id", "device", "compile", "resume", "codec_streams")
+
+
+@dataclasses.dataclass
+class CodedText:
+    """A compressed file's contents. `header` is JSON: streams, settings that differ from the artifact's, machine, layout, probes."""
+
+    artifact: bytes  # sha256
+    tokenizer: bytes
+    header: dict
+    words: np.ndarray  # uint32 [n]
+    text: bytes  # sha256
+
+    def pack(self) -> bytes:
+        header = brotli.compress(json.dumps(self.header, separators=(",", ":")).encode(), mode=brotli.MODE_TEXT)
+        fixed = _FIXED.pack(MAGIC, self.artifact, self.tokenizer, len(header))
+        data = fixed + header + self.words.astype("<u4").tobytes() + self.text
+        return data + hashlib.sha256(data).digest()[:_DIGEST]
+
+    @classmethod
+    def unpack(cls, data: bytes, label: str) -> CodedText:
+        """Raises UserError for what `pack` has not made, or what is not whole any more."""
+        if not data.startswith(MAGIC):
+            raise UserError(f"{label} was not written by `codec.py compress`")
+        body, digest = data[:-_DIGEST], data[-_DIGEST:]
+        if hashlib.sha256(body).digest()[:_DIGEST] != digest:
+            raise UserError(f"{label} is damaged or cut off: its checksum does not fit")
+        try:
+            _, artifact, tokenizer, length = _FIXED.unpack_from(body)
+            header = json.loads(brotli.decompress(body[_FIXED.size : _FIXED.size + length]))
+            words = np.frombuffer(body[_FIXED.size + length : -32], "<u4").astype(np.uint32)
+        except (struct.error, brotli.error, ValueError) as error:
+            raise UserError(f"{label} is not a file of this version: {error}") from None
+        return cls(artifact, tokenizer, header, words, body[-32:])
+
+
+def machine(device: torch.device) -> dict:
+    """What decides the last bit of a probability, beside the code."""
+    facts = {"torch": torch.__version__}
+    if device.type == "cuda":
+        return facts | {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return facts | {"device": f"cpu ({torch.backends.cpu.get_cpu_capability()})", "threads": torch.get_num_threads()}
+
+
+class Session:
+    """An artifact opened for coding on one device, with the settings of a file or, to write one, of the environment."""
+
+    def __init__(self, path: Path, device: str, coded: CodedText | None = None):
+        self.ctx = setup_distributed(device)
+        if self.ctx.world_size > 1:
+            raise UserError("the codec runs in one process: start it without torchrun")
+        if self.ctx.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        artifact = load_artifact(path, self.ctx.device)
+        base, cfg = artifact.meta["config"], artifact.cfg
+        if coded:
+            here = {name: getattr(cfg, name) for name in _ELSEWHERE}
+            cfg = Config.from_dict({**base, **here, **coded.header["settings"]})
+        self.settings = {name: value for name, value in cfg.to_dict().items() if name not in _ELSEWHERE and base.get(name) != value}
+        self.cfg, self.model = cfg, artifact.model
+        tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+        self.spelling, self.byte_table = Spelling(tokenizer), ByteTable.from_tokenizer(tokenizer)
+        self.artifact_hash = bytes.fromhex(sha256_file(path))
+        self.tokenizer_hash = bytes.fromhex(tokenizer_hash(cfg.tokenizer_path))
+        self.machine = machine(self.ctx.device)
+
+    def lockstep(self, streams: Streams) -> Lockstep:
+        return Lockstep(self.model, self.cfg, self.byte_table, self.ctx, streams)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=total, desc=label, unit=" tokens", unit_scale=True, disable=None, smoothing=0.05) as bar:
+        yield bar.update
+
+
+def probed(t: int, lockstep: Lockstep) -> bool:
+    """Steps whose probabilities the file holds a checksum of: an early one, and the first after the weights have trained."""
+    return t in (min(63, lockstep.steps - 1), lockstep.chunk_steps if lockstep.trainer else -1)
+
+
+def checksum(probs: Tensor) -> int:
+    return zlib.crc32(probs.cpu().numpy().tobytes())
+
+
+def compress(path: Path, source: Path, target: Path) -> dict:
+    """Write the text in `source` to `target`; returns the figures that are reported."""
+    data = source.read_bytes()
+    session = Session(path, resolve_config(os.environ).device)
+    documents, layout = split_documents(data, source.suffix == ".jsonl")
+    pieces = [np.array([BOS_ID, *session.spelling.encode(document)]) for document in documents]
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+    if join_documents(split_tokens(tokens, session.spelling), layout) != data:
+        raise UserError(f"{source}: its tokens do not give it back")
+    streams = Streams.cut(tokens, choose_streams(session.cfg, len(tokens), session.ctx.device))
+    lockstep, channel, probes = session.lockstep(streams), Channel(), []
+    streams.write(channel)
+    began = time.perf_counter()
+    with progress_bar(int(streams.targets.sum()), "compressing") as progress:
+        probe = lambda t, probs: probes.append(checksum(probs)) if probed(t, lockstep) else None
+        _, cost = transmit(lockstep, channel, streams.deal(tokens), probe, progress)
+    seconds = time.perf_counter() - began
+    words = channel.coder.get_compressed()
+    header = {
+        "streams": streams.summary(),
+        "settings": session.settings,
+        "machine": session.machine,
+        "layout": layout,
+        "probes": probes,
+    }
+    coded = CodedText(session.artifact_hash, session.tokenizer_hash, header, words, hashlib.sha256(data).digest()).pack()
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(coded)
+    text_bytes = sum(map(len, documents))
+    return {
+        "bytes": len(coded),
+        "source_bytes": len(data),
+        "text_bytes": text_bytes,
+        "tokens": int(streams.targets.sum()),
+        "streams": len(streams.targets),
+        "probability_bits": cost,
+        "coder_bits": 32 * len(words),
+        "bpb_file": 8 * len(coded) / max(text_bytes, 1),
+        "bpb_probabilities": cost / max(text_bytes, 1),
+        "seconds": seconds,
+    }
+
+
+def decompress(source: Path, target: Path, path: Path | None) -> dict:
+    """Write the text that `source` holds to `target`, if it comes out as it went in."""
+    coded = CodedText.unpack(source.read_bytes(), str(source))
+    try:
+        header = coded.header
+        written = header["machine"]
+        if not written["device"].startswith("cpu") and not torch.cuda.is_available():
+            raise UserError(f"{source} was written on {written['device']}; torch sees no CUDA device here")
+        if "threads" in written:
+            torch.set_num_threads(int(written["threads"]))  # sums are split by them
+        session = Session(path or find_artifact(coded.artifact, source), "cpu" if "threads" in written else "cuda", coded)
+        for what, hashed, here in (
+            ("artifact", coded.artifact, session.artifact_hash),
+            ("tokenizer", coded.tokenizer, session.tokenizer_hash),
+        ):
+            if hashed != here:
+                raise UserError(f"{source} was written with another {what}, of sha256 {hashed.hex()}")
+        differing = [f"{name} {written.get(name)} (here {value})" for name, value in session.machine.items() if written.get(name) != value]
+        if differing:
+            raise UserError(f"{source} was written with {', '.join(differing)}: its probabilities cannot be found again here")
+        channel = Channel(coded.words)
+        streams = Streams.read(channel, *header["streams"])
+        lockstep, probes = session.lockstep(streams), iter(header["probes"])
+
+        def probe(t: int, probs: Tensor) -> None:
+            if probed(t, lockstep) and checksum(probs) != next(probes, None):
+                raise UserError(f"{source}: other probabilities at step {t} than when it was written: other code or another machine")
+
+        began = time.perf_counter()
+        with progress_bar(int(streams.targets.sum()), "decompressing") as progress:
+            table, _ = transmit(lockstep, channel, None, probe, progress)
+        seconds = time.perf_counter() - began
+        data = join_documents(split_tokens(streams.collect(table), session.spelling), header["layout"])
+    except (KeyError, TypeError, ValueError, IndexError, StopIteration, AssertionError) as error:  # AssertionError: words no encoder writes
+        raise UserError(f"{source} does not decode: {error or type(error).__name__}") from None
+    if hashlib.sha256(data).digest() != coded.text:
+        raise UserError(f"{source}: what it decodes to is not the text that was compressed")
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(data)
+    return {"bytes": len(data), "seconds": seconds, "tokens": int(streams.targets.sum())}
+
+
+def split_tokens(tokens: np.ndarray, spelling: Spelling) -> list[bytes]:
+    """The documents in a token stream, each behind its BOS."""
+    starts = np.flatnonzero(tokens == BOS_ID)
+    return [spelling.decode(document[1:].tolist()) for document in np.split(tokens, starts)[1:]]
+
+
+def find_artifact(sha256: bytes, source: Path) -> Path:
+    """The artifact of that hash, near the file or in RUNS_DIR."""
+    runs = Path(resolve_config(os.environ).runs_dir)
+    for path in [*source.resolve().parent.glob("*.bin"), *runs.glob("*/artifact.bin")]:
+        if path.is_file() and bytes.fromhex(sha256_file(path)) == sha256:
+            return path
+    raise UserError(f"no artifact of sha256 {sha256.hex()} beside {source} or in {runs}/: name it with --artifact")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other compressors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def other_compressors(data: bytes) -> dict[str, int]:
+    """Bytes of the same text under the strongest settings of general compressors."""
+    import lzma
+
+    import zstandard
+
+    window = zstandard.ZstdCompressionParameters.from_level(22, window_log=27, enable_ldm=True)
+    return {
+        "xz -9e": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+        "zstd --ultra -22 --long": len(zstandard.ZstdCompressor(compression_params=window).compress(data)),
+        "brotli -q 11 -w 24": len(brotli.compress(data, quality=11, lgwin=24)),
+    }
+
+
+def compare(source: Path, path: Path | None) -> list[str]:
+    """The lines of the table."""
+    data = source.read_bytes()
+    documents, _ = split_documents(data, source.suffix == ".jsonl")
+    size = max(sum(map(len, documents)), 1)
+    rows = other_compressors(data)
+    if path:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[f"codec.py, {path.parent.name}"] = compress(path, source, Path(folder) / "coded")["bytes"]
+    lines = [f"{'compressor':<28}{'bytes':>12}{'bits/byte':>11}"]
+    return lines + [f"{name:<28}{count:>12,}{8 * count / size:>11.4f}" for name, count in rows.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command
+# ----------------------------------------------------------------------------------------------------------------------
+
+USAGE = "usage: python codec.py compress ARTIFACT TEXT OUT | decompress OUT TEXT [--artifact ARTIFACT] | compare TEXT [ARTIFACT]"
+
+
+def existing(name: str) -> Path:
+    if not Path(name).is_file():
+        raise UserError(f"{name} is not a file")
+    return Path(name)
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    named = None
+    if "--artifact" in arguments:
+        place = arguments.index("--artifact")
+        if place + 1 == len(arguments):
+            raise UserError(USAGE)
+        named = existing(arguments.pop(place + 1))
+        arguments.pop(place)
+    for warning in near_misses(os.environ):
+        print(f"warning: {warning}", file=sys.stderr)
+    verb, *names = arguments
+    if verb == "compress" and len(names) == 3 and not named:
+        figures = compress(existing(names[0]), existing(names[1]), Path(names[2]))
+        share = figures["coder_bits"] / max(figures["probability_bits"], 1) - 1
+        print(
+            f"{figures['source_bytes']:,} bytes -> {figures['bytes']:,} bytes ({figures['text_bytes']:,} of them text: {figures['bpb_file']:.4f} "
+            f"bits a byte; by the probabilities {figures['bpb_probabilities']:.4f}, the coder {100 * share:+.3f} %) "
+            f"in {figures['seconds']:.1f}s, {figures['streams']} streams, {figures['tokens'] / max(figures['seconds'], 1e-9):,.0f} tokens/s"
+        )
+    elif verb == "decompress" and len(names) == 2:
+        figures = decompress(existing(names[0]), Path(names[1]), named)
+        print(f"{figures['bytes']:,} bytes in {figures['seconds']:.1f}s, {figures['tokens'] / max(figures['seconds'], 1e-9):,.0f} tokens/s")
+    elif verb == "compare" and len(names) in (1, 2) and not named:
+        for line in compare(existing(names[0]), existing(names[1]) if len(names) == 2 else None):
+            print(line)
+    else:
+        raise UserError(USAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,387 @@
+"""The codec: nothing is lost on the way to tokens and back, both directions find the same bits, and the file costs what the probabilities say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, clean_environment
+from test_eval import byte_table, config, evaluator, randomized, stream
+
+import codec
+from codec import Channel, CodedText, Lockstep, Spelling, Streams, frequencies, transmit
+from data.shards import BOS_ID, load_tokenizer, tokenizer_hash
+from parts import packing
+from parts.files import UserError
+from parts.packing import Record
+from train_gpt import RunContext, resolve_config
+
+ODD = {
+    "empty": b"",
+    "one byte": b"a",
+    "a space": b" ",
+    "CRLF": b"\r\n\r\ndef f():\r\n\treturn 1\r\n",
+    "emoji": "🧪👩‍👩‍👧 done".encode(),
+    "NUL": b"a\0b\0",
+    "no UTF-8": b"\xff\xfe caf\xc3 \x80\x80 end\xf0\x9f",
+    "tokenizer's space": "  ▁ ▁▁x ".encode(),
+    "forms": "e\u0301 ﬁ Ⅷ \u2028 \ufeff 　x".encode(),
+    "spaces": b"   a  b \n\n   c   ",
+    "control words": b"<s> </s> <unk> <0x41>",
+    "long": b"import heapq\nfor x in heapq.merge([1], [2]):\n    print(x)\n" * 3,
+}
+
+
+# ---- text ----
+
+
+@pytest.fixture(scope="session")
+def lossy_tokenizer(tmp_path_factory):
+    """As most published ones: a dummy prefix, NFKC, runs of spaces folded."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("lossy")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "t"), vocab_size=320, model_type="bpe", byte_fallback=True,
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return load_tokenizer(folder / "t.model")
+
+
+@pytest.mark.parametrize("kind", ["ours", "lossy"])
+@pytest.mark.parametrize("name", ODD)
+def test_every_document_survives_its_tokens(name, kind, dataset, lossy_tokenizer):
+    tokenizer = load_tokenizer(dataset.tokenizer) if kind == "ours" else lossy_tokenizer
+    spelling, document = Spelling(tokenizer), ODD[name]
+    tokens = spelling.encode(document)
+    assert spelling.decode(tokens) == document and BOS_ID not in tokens
+    if kind == "ours" and name in ("CRLF", "NUL", "spaces", "long"):
+        assert tokens == tokenizer.encode(document.decode()), "text that the tokenizer gives back is tokenized as in the shards"
+
+
+def test_random_bytes_survive(dataset, lossy_tokenizer):
+    rng = np.random.default_rng(0)
+    for tokenizer in (load_tokenizer(dataset.tokenizer), lossy_tokenizer):
+        spelling = Spelling(tokenizer)
+        for _ in range(20):
+            document = bytes(rng.choice(list(b" aA\n\r\t\0\xc3\xa9\xe2\x96\x81\xff\xf0"), rng.integers(1, 60)).tolist())
+            assert spelling.decode(spelling.encode(document)) == document
+
+
+def test_a_byte_without_a_piece_is_refused(dataset):
+    spelling = Spelling(load_tokenizer(dataset.tokenizer))
+    spelling.byte_token.pop(0xFF)
+    with pytest.raises(UserError, match="no piece for byte 0xff"):
+        spelling.encode(b"\xff")
+
+
+def test_json_lines_come_back_as_they_were_written():
+    lines = [
+        b'{"text": "plain"}', b'{"text":"tight"}', b'{"id": 1, "text": "caf\\u00e9", "url": "x"}', '{"text": "café"}'.encode(),
+        b'{"text": "other escapes \\/ \\u00E9"}', b"not json", b"", b'{"text": 3}', b'["text"]', b'{"text": "\\ud83d half"}',
+        b'{"text": "\\udcff raw byte"}', b'{"text": ""}', b'{"text": "plain"}\r', b'"\xff"',
+    ]  # fmt: skip
+    for ending in (b"", b"\n", b"\n\n"):
+        data = b"\n".join(lines) + ending
+        documents, layout = codec.split_documents(data, jsonl=True)
+        assert codec.join_documents(documents, json.loads(json.dumps(layout))) == data
+        assert b"\xff raw byte" in documents and "café".encode() in documents and b"tight" in documents and len(documents) == 7
+    assert codec.split_documents(b"x\n", jsonl=False) == ([b"x\n"], None)
+    assert codec.join_documents(*codec.split_documents(b"", jsonl=True)) == b""
+
+
+# ---- streams ----
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 199])
+def test_streams_give_the_tokens_back(count):
+    tokens = stream(200).numpy().astype(np.int64)
+    streams = Streams.cut(tokens, count)
+    assert len(streams.targets) == count and np.array_equal(streams.collect(streams.deal(tokens)), tokens)
+    assert streams.begins[0] and streams.targets.max() <= 1.3 * 200 / count + 2
+    channel = Channel()
+    streams.write(channel)
+    again = Streams.read(Channel(channel.coder.get_compressed()), *streams.summary())
+    assert np.array_equal(again.targets, streams.targets) and np.array_equal(again.begins, streams.begins)
+    assert len(Streams.cut(tokens[:0], 1).collect(np.zeros((1, 0)))) == 0
+
+
+# ---- frequencies and coder ----
+
+
+def test_frequencies_are_exact_and_every_symbol_has_one():
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 37, generator=rng, dtype=torch.float64).mul(8).softmax(1)
+    rows[0], rows[1] = 0.0, 0.0
+    rows[1, 5] = 1.0
+    rows[2] = 1 / 37
+    rows[3] = 5e-324
+    counts = frequencies(rows)
+    assert (counts.sum(1) == codec.TOTAL).all() and (counts >= 1).all()
+    assert counts[1, 5] == codec.TOTAL - 36 and counts[0].max() - counts[0].min() < 37
+    assert ((counts / codec.TOTAL - rows)[4:].abs() < 1e-5).all()
+
+
+@pytest.mark.parametrize("vocabulary", [8, 9, 10, 1025])
+def test_the_coder_costs_what_the_probabilities_say(vocabulary):
+    """Within 0.1 % of the cross-entropy, rare tokens among them, and both directions alike."""
+    rng = torch.Generator().manual_seed(vocabulary)
+    probs = torch.randn(60, 16, vocabulary, generator=rng, dtype=torch.float64).mul(4).softmax(2)
+    tokens = torch.stack([torch.multinomial(p, 1, generator=rng)[:, 0] for p in probs]).numpy()
+    tokens[:2] = probs[:2].argmin(2).numpy()
+    writer, rows = Channel(), np.arange(16)[::-1].copy()
+    for step, p in zip(tokens, probs):
+        writer.token(p, rows, step[rows])
+    words = writer.coder.get_compressed()
+    reader = Channel(words)
+    for step, p in zip(tokens, probs):
+        assert np.array_equal(reader.token(p, rows, None), step[rows])
+    ideal = -probs.gather(2, torch.from_numpy(tokens)[..., None]).log2()[2:].sum().item()
+    floor = -sum(math.log2(max(p[r, t].item(), 2**-40)) for p, step in zip(probs[:2], tokens) for r, t in enumerate(step))
+    assert 32 * len(words) < 1.001 * (ideal + floor) + 64
+
+
+# ---- lockstep ----
+
+# Every kind of layer and every part that keeps something from one step to the next.
+KINDS = {
+    "attention, GQA, sink, XSA, gate": dict(layer_pattern="AA", attn_sink=True, xsa_layers="all", attn_gate_width=4),
+    "windows and token shift": dict(layer_pattern="STS", window_size=6, xsa_layers="2"),
+    "GDN": dict(layer_pattern="GG", gdn_conv_size=3),
+    "recurrence, skips, parallel, values": dict(
+        layer_pattern="GASA", window_size=5, loop_start=1, loop_end=2, num_loops=2, unet_skips=True, parallel_start=2, ve_layers="3",
+        ve_dim=8, trigram_hash=True,
+    ),
+    "documents": dict(layer_pattern="GSTA", window_size=7, document_mask=True, attn_sink=True),
+    "two lanes": dict(layer_pattern="AGT", parallel_start=1, parallel_lanes=2, smear_form="lambda"),
+}  # fmt: skip
+
+
+def lockstep(streams: Streams, **settings) -> Lockstep:
+    cfg = config(**settings)
+    model = randomized(cfg)
+    model.looping = bool(cfg.num_loops)
+    return Lockstep(model, cfg, byte_table(), RunContext(), streams)
+
+
+def documents(count: int, seed: int = 0) -> np.ndarray:
+    return stream(count, seed).numpy().astype(np.int64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lockstep_is_the_parallel_forward(kind):
+    """Each step's rows against the model over that step's whole window: steps, refills in parts, streams of unequal length."""
+    tokens = documents(110)
+    streams = Streams.cut(tokens, 4)
+    tested = lockstep(streams, eval_seq_len=16, eval_stride=5, ttt_enabled=False, eval_batch_seqs=3, **KINDS[kind])
+    table = torch.from_numpy(streams.deal(tokens))
+    inputs = torch.cat((torch.full((4, 1), BOS_ID), table), 1)
+    for t in range(tested.steps):
+        probs = tested.predict(t)
+        with torch.no_grad():
+            expected = tested.model(inputs[:, tested.window_start(t) : t + 1])[:, -1].double().softmax(-1)
+        assert (probs - expected).abs().max() < 1e-5 and (probs.sum(1) - 1).abs().max() < 1e-12
+        assert t - tested.window_start(t) < 16
+        tested.reveal(t, table[:, t])
+
+
+def test_one_stream_scores_as_the_evaluation_does():
+    """Windows, updates, counts and order of `eval_ttt.py`, which scores the same targets in parallel."""
+    settings = dict(experts="tilt,ngram,calibration", eval_seq_len=24, eval_stride=8, ttt_chunk_tokens=32, expert_block_tokens=16)
+    tokens = stream(24 + 8 * 6 + 1)
+    streams = Streams.cut(tokens.numpy().astype(np.int64), 1)
+    tested = lockstep(streams, **settings)
+    _, bits = transmit(tested, Channel(), streams.deal(tokens.numpy()), lambda t, probs: None, lambda count: None)
+    trace = evaluator(config(**settings)).run(tokens)
+    assert bits * math.log(2) / (len(tokens) - 1) == pytest.approx(trace.val_loss, abs=1e-5)
+
+
+FORMS = {
+    "model": (4, dict(ttt_enabled=False)),
+    "by document": (4, dict(ttt_enabled=False, eval_by_document=True)),
+    "TTT": (4, dict(ttt_chunk_tokens=32)),
+    "Polyak, LoRA, AdamW": (4, dict(ttt_chunk_tokens=32, ttt_polyak=0.5, ttt_params="lora", ttt_optimizer="adamw", ttt_byte_weighted=True)),
+    "experts": (4, dict(ttt_enabled=False, experts="tilt,ngram,calibration", expert_block_tokens=20)),
+    "everything": (4, dict(ttt_chunk_tokens=32, ttt_hash_buckets=32, experts="tilt,ngram,entropy,cache", expert_mixer="hedge")),
+    "everything, one stream": (1, dict(ttt_chunk_tokens=32, experts="tilt,ngram")),
+    "a token a stream": (99, dict(ttt_chunk_tokens=32, experts="tilt,ngram")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_is_read(form):
+    count, settings = FORMS[form]
+    tokens = documents(50 if count == 1 else 100, seed=4)
+    streams = Streams.cut(tokens, count)
+    settings, steps = dict(eval_seq_len=16, eval_stride=6, **settings), []
+    writer = Channel()
+    known = streams.deal(tokens)
+    _, bits = transmit(lockstep(streams, **settings), writer, known, lambda t, probs: steps.append(probs), lambda count: None)
+    words = writer.coder.get_compressed()
+    assert abs(32 * len(words) - bits) < 0.001 * bits + 64
+
+    def same(t: int, probs: torch.Tensor) -> None:
+        assert torch.equal(probs, steps[t]), f"step {t} differs"
+
+    decoded, _ = transmit(lockstep(streams, **settings), Channel(words), None, same, lambda count: None)
+    assert np.array_equal(streams.collect(decoded), tokens)
+
+
+def test_forgetting_at_document_starts_is_refused():
+    with pytest.raises(UserError, match="TTT_RESET_PER_DOC"):
+        lockstep(Streams.cut(documents(40), 2), ttt_reset_per_doc=True)
+
+
+# ---- files ----
+
+
+@pytest.fixture(scope="module")
+def artifact(dataset, tmp_path_factory):
+    """An artifact of random weights with the real tokenizer."""
+    settings = {**dataset.settings, "TTT_CHUNK_TOKENS": "96", "EVAL_SEQ_LEN": "48", "EXPERTS": "tilt,ngram", "CODEC_STREAMS": "3"}
+    cfg = resolve_config({**settings, "DEVICE": "cpu"})
+    records = [Record(name, "half", value.detach().numpy().astype(np.float16)) for name, value in randomized(cfg).named_parameters()]
+    header = {"config": cfg.to_dict(), "looping": False, "tokenizer_sha256": tokenizer_hash(cfg.tokenizer_path)}
+    path = tmp_path_factory.mktemp("artifact") / "artifact.bin"
+    packing.write_artifact(path, header, records, "zlib")
+    return path
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in set(os.environ) - set(clean_environment()):
+        monkeypatch.delenv(name)
+
+
+ODD_LINES = b"".join(json.dumps({"text": text.decode("utf-8", "surrogateescape")}).encode() + b"\n" for text in [b"", b"", *ODD.values()])
+
+
+@pytest.mark.parametrize("name,data,streams", [
+    ("empty.txt", b"", 0), ("no documents.jsonl", b"", 3), ("blank.jsonl", b'{"text": ""}\n{"text": ""}', 1), ("one.bin", b"\x80", 40),
+    ("odd.jsonl", ODD_LINES, 24), ("odd.txt", b"".join(ODD.values()), 16),
+])  # fmt: skip
+def test_files_come_back_byte_for_byte(name, data, streams, artifact, clean, monkeypatch, tmp_path):
+    monkeypatch.setenv("CODEC_STREAMS", str(streams))
+    source, coded, restored = tmp_path / name, tmp_path / "coded", tmp_path / "restored"
+    source.write_bytes(data)
+    figures = codec.compress(artifact, source, coded)
+    assert figures["bytes"] == coded.stat().st_size and figures["coder_bits"] < 1.001 * figures["probability_bits"] + 200
+    monkeypatch.setenv("TTT_LR", "0.5")  # the file's settings count, not the environment's
+    codec.decompress(coded, restored, artifact)
+    assert restored.read_bytes() == data
+
+
+@pytest.fixture(scope="module")
+def coded(artifact, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coded")
+    (folder / "text.txt").write_bytes(b"def merge(a, b):\n    return sorted(a + b)\n" * 6)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_environment()):
+            patch.delenv(name)
+        patch.setenv("TTT_EPOCHS", "2")
+        codec.compress(artifact, folder / "text.txt", folder / "coded")
+    return folder / "coded"
+
+
+def refused(data: bytes, artifact, tmp_path, match: str) -> None:
+    (tmp_path / "bad").write_bytes(data)
+    with pytest.raises(UserError, match=match):
+        codec.decompress(tmp_path / "bad", tmp_path / "out", artifact)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_anywhere_is_refused(coded, artifact, clean, tmp_path):
+    data = coded.read_bytes()
+    for place in {*range(0, len(data), 9), len(data) - 1}:
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        refused(bytes(changed), artifact, tmp_path, "damaged or cut off|was not written by")
+    for length in (0, 7, 8, 40, 76, 77, len(data) // 2, len(data) - 17, len(data) - 1):
+        refused(data[:length], artifact, tmp_path, "damaged or cut off|was not written by")
+    refused(data + b"\0", artifact, tmp_path, "damaged or cut off")
+
+
+def forged(data: bytes, **changes) -> bytes:
+    """A file whose checksum fits its changed contents."""
+    contents = CodedText.unpack(data, "")
+    for name, change in changes.items():
+        setattr(contents, name, change(getattr(contents, name)))
+    return contents.pack()
+
+
+def test_another_machine_artifact_or_text_is_refused_with_the_reason(coded, artifact, clean, tmp_path):
+    data = coded.read_bytes()
+
+    def machine(**changes):
+        return lambda header: {**header, "machine": {**header["machine"], **changes}}
+
+    for changes, match in (
+        (dict(header=machine(torch="1.0")), r"written with torch 1\.0 \(here "),
+        (dict(header=machine(device="cpu (Z80)")), r"written with device cpu \(Z80\)"),
+        (dict(header=machine(device="NVIDIA H100")), "NVIDIA H100; torch sees no CUDA device"),
+        (dict(artifact=lambda hashed: bytes(32)), "another artifact"),
+        (dict(tokenizer=lambda hashed: bytes(32)), "another tokenizer"),
+        (dict(text=lambda hashed: bytes(32)), "is not the text that was compressed"),
+        (dict(header=lambda header: {**header, "probes": [1]}), "other probabilities at step"),
+        (dict(header=lambda header: {**header, "settings": {"ttt_lr": 0.3}}), "other probabilities|does not decode|not the text"),
+        (dict(header=lambda header: {**header, "streams": [2]}), "does not decode"),
+        (dict(header=lambda header: {**header, "streams": [3, -5, 1]}), "3 streams of -5"),
+        (dict(header=lambda header: {"machine": header["machine"]}), "does not decode"),
+        (dict(words=lambda words: words[:-9]), "does not decode|not the text|other probabilities|beyond the vocabulary|no text"),
+    ):
+        refused(forged(data, **changes), artifact, tmp_path, match)
+
+
+def test_an_encoder_that_peeks_cannot_be_decoded(artifact, clean, monkeypatch, tmp_path):
+    """A distribution that knows the target makes a tiny file, from which nobody gets the text."""
+    source, text = tmp_path / "text.txt", b"def merge(a, b):\n    return sorted(a + b)\n" * 6
+    source.write_bytes(text)
+    honest = codec.compress(artifact, source, tmp_path / "honest")["probability_bits"]
+    predict, deal, seen = Lockstep.predict, Streams.deal, []
+    monkeypatch.setattr(Streams, "deal", lambda self, tokens: seen.append(deal(self, tokens)) or seen[-1])
+
+    def peek(self, t):
+        return 0.99 * torch.nn.functional.one_hot(torch.from_numpy(seen[-1][:, t]), self.cfg.vocab_size) + 0.01 * predict(self, t)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lockstep, "predict", peek)
+        assert codec.compress(artifact, source, tmp_path / "peeked")["probability_bits"] < 0.02 * honest
+    refused((tmp_path / "peeked").read_bytes(), artifact, tmp_path, "other probabilities")
+    refused(forged((tmp_path / "peeked").read_bytes(), header=lambda h: {**h, "probes": []}), artifact, tmp_path, "other probabilities")
+    monkeypatch.setattr(codec, "probed", lambda t, lockstep: False)
+    refused((tmp_path / "peeked").read_bytes(), artifact, tmp_path, "is not the text|no text|beyond the vocabulary|does not decode")
+
+
+def test_the_command_decodes_in_another_process_and_finds_the_artifact(coded, artifact, tmp_path):
+    """Far from the text: another folder, no environment of ours but where the runs are."""
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "artifact.bin").write_bytes(artifact.read_bytes())
+
+    def command(*arguments):
+        environment = clean_environment(RUNS_DIR=tmp_path / "runs")
+        return subprocess.run(
+            [sys.executable, ROOT / "codec.py", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    (tmp_path / "coded").write_bytes(coded.read_bytes())
+    done = command("decompress", "coded", "text")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "text").read_bytes() == (coded.parent / "text.txt").read_bytes()
+    (tmp_path / "cut").write_bytes(coded.read_bytes()[:-3])
+    failed = command("decompress", "cut", "nothing")
+    assert failed.returncode == 2 and failed.stderr.startswith("error: cut is damaged") and failed.stderr.count("\n") == 1
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_other_compressors(tmp_path):
+    sizes = codec.other_compressors(b"abc" * 1000)
+    assert len(sizes) >= 3 and all(0 < size < 200 for size in sizes.values())
+    (tmp_path / "x.txt").write_bytes(b"abc" * 1000)
+    assert len(codec.compare(tmp_path / "x.txt", None)) == 1 + len(sizes)
