@@ -555,7 +555,7 @@ class _Pass:
     def close(self) -> EvaluationTrace:
         trace, tokens = self.trace, self.tokens
         scored = (trace.ledger.coverage > 0).to(self.ctx.device)
-        trace.bytes_scored = int(self.evaluator.byte_table.count(tokens[:-1], tokens[1:])[scored].sum())
+        trace.bytes_scored = int(self.evaluator.byte_table.targets(tokens)[scored].sum())
         if self.mixture is not None:
             trace.series = dict(zip(self.mixture.series, self.sums.tolist()))
             history = self.mixture.history
@@ -737,7 +737,7 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
     cfg, began = artifact.cfg, time.perf_counter()
     expert_config(cfg)  # refuse a misspelt expert before anything is computed
     tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
-    byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+    byte_table = ByteTable.for_validation(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), cfg.data_path)
     evaluator = ScoreFirstEvaluator(artifact.model, cfg, byte_table, ctx)
     mode = compile_mode(cfg, ctx.device)
     ctx.log(

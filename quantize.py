@@ -1131,7 +1131,7 @@ def table_command(run_dir: Path, names: list[str]) -> None:
     if ctx.world_size > 1:
         raise UserError("the table is made by one process: run it without torchrun")
     tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
-    byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+    byte_table = ByteTable.for_validation(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), cfg.data_path)
     quantizers: dict[bool, Quantizer] = {}
 
     def quantizer_of(variant_cfg: Config) -> Quantizer:

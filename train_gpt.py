@@ -2214,7 +2214,7 @@ def evaluate(
         times.index_add_(0, positions, torch.ones_like(values))
     nll, times = ctx.all_reduce_sum(nll), ctx.all_reduce_sum(times)
     assert bool((times == 1).all()), f"{int((times != 1).sum())} of {targets} targets were not scored exactly once"
-    nll_sum, byte_sum = nll.double().sum().item(), int(byte_table.to(ctx.device).count(tokens[:-1], tokens[1:]).sum())
+    nll_sum, byte_sum = nll.double().sum().item(), int(byte_table.to(ctx.device).targets(tokens).sum())
     if not byte_sum:
         raise UserError("the validation tokens stand for no bytes: is the tokenizer the right one?")
     seconds = time.perf_counter() - began
@@ -2538,10 +2538,10 @@ class Trainer:
     def __init__(self, cfg: Config, ctx: RunContext, folder: Path):
         self.cfg, self.ctx, self.folder = cfg, ctx, folder
         self._plan()
-        self.byte_table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)).to("cpu")
+        self.byte_table = ByteTable.for_validation(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), cfg.data_path).to("cpu")
         self.tokenizer_sha256 = tokenizer_hash(cfg.tokenizer_path)
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
-        if not self.byte_table.count(self.val_tokens[:-1], self.val_tokens[1:]).sum():  # better found now than after the training
+        if not self.byte_table.targets(self.val_tokens).sum():  # better found now than after the training
             raise UserError(f"the {len(self.val_tokens)} validation tokens stand for no bytes of text: nothing to score")
         stream = TokenStream(cfg.data_path, cfg.vocab_size)
         if self.batch.tokens > stream.total_tokens:

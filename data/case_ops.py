@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import re
 
+from parts.files import UserError
+
 TITLE, ALLCAPS, CAPNEXT, ESCAPE = OPERATORS = "\ue011\ue012\ue013\ue014"
 OPERATOR_BYTES = {TITLE: 0, ALLCAPS: 0, CAPNEXT: 0, ESCAPE: len(TITLE.encode()) - 1}
 
@@ -80,3 +82,34 @@ def _raise(match: re.Match) -> str:
 def decode(text: str) -> str:
     """The inverse of `encode`. Raises ValueError for what `encode` never makes: decode(x) exists only where encode(decode(x)) == x."""
     return _WRITTEN.sub(_raise, text)
+
+
+class CaseTokenizer:
+    """A SentencePieceProcessor whose pieces are those of transformed text, and which takes and gives the text itself."""
+
+    def __init__(self, processor):
+        self._processor = processor
+
+    def __getattr__(self, name: str):
+        return getattr(self._processor, name)
+
+    def encode(self, text: str | list[str], **options):
+        """Tokens of a text, or of each of a list."""
+        return self._processor.encode(encode(text) if isinstance(text, str) else list(map(encode, text)), **options)
+
+    def decode(self, tokens: list[int] | list[list[int]]):
+        """The text of tokens, or of each list of a list. Raises UserError for tokens that no text has."""
+        written = self._processor.decode(tokens)
+        try:
+            return decode(written) if isinstance(written, str) else list(map(decode, written))
+        except ValueError as error:
+            raise UserError(f"these tokens are no text: {error}") from None
+
+
+FIRST_OPERATOR_ID = 4  # behind the control pieces and, here, the newline: symbols that were asked for precede all that are learned
+
+
+def has_operators(tokenizer, operators: str = OPERATORS) -> bool:
+    """Whether a tokenizer was made with these operators; one that merely met the characters in its text has them among its last pieces."""
+    ids = range(FIRST_OPERATOR_ID, FIRST_OPERATOR_ID + len(operators))
+    return tokenizer.vocab_size() >= ids.stop and [tokenizer.id_to_piece(i) for i in ids] == list(operators)

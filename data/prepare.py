@@ -5,6 +5,7 @@
     python data/prepare.py corpus/ --vocab-size 8192             # .txt .md .jsonl .parquet, also .gz and .zst
     python data/prepare.py book.txt --split-paragraphs           # one text, cut at blank lines into documents
     python data/prepare.py train.jsonl.zst --val val.jsonl.zst --vocab-size 8192 --name web_sp8192
+    python data/prepare.py corpus/ --case-ops                    # capitals as operators (case_ops.py)
     python data/prepare.py more.jsonl --tokenizer data/tokenizers/web_sp8192.model
     python data/prepare.py --variant sp8192 --train-shards 10    # published FineWeb exports, already tokenized
 
@@ -46,7 +47,7 @@ import numpy as np
 import sentencepiece as spm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: this file's folder alone is on the path
-from data import readers
+from data import case_ops, readers
 from data.builds import MANIFEST_FORMAT, discard_work, exclusive, is_complete, progress, say, summary, work_folder
 from data.published import PUBLISHED_REPOS, fetch
 from data.readers import Block, Source
@@ -91,15 +92,18 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + MAX_SENTENCE]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, coverage: float) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, coverage: float, with_case_ops: bool = False) -> bytes:
     """SentencePiece BPE with decode(encode(x)) == x, as a serialized model.
 
     Identity normalization, no dummy prefix and no whitespace folding keep the text as it is; byte fallback spells what
     the vocabulary lacks; newline is a user symbol (the trainer takes it for the end of a sentence otherwise);
     whitespace-only pieces give code its indentation; "▁" alone is required, since byte accounting relies on it.
+    With case operators (case_ops.py) it is trained on transformed text, in which each operator is a user symbol too.
     Raises UserError when the text cannot fill the vocabulary, or the vocabulary cannot hold its characters.
     """
-    model = io.BytesIO()
+    model, symbols = io.BytesIO(), ["\n"]
+    if with_case_ops:
+        texts, symbols = map(case_ops.encode, texts), ["\n", *case_ops.OPERATORS]
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=sentences(texts),
@@ -110,7 +114,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, coverage: float) -> b
             bos_id=BOS_ID,
             eos_id=2,
             pad_id=-1,
-            user_defined_symbols=["\n"],
+            user_defined_symbols=symbols,
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -250,18 +254,21 @@ def scan_block(block: Block, threshold: bytes | None) -> tuple[str, np.ndarray, 
 def encode_block(block: Block) -> None:
     """Tokenize a block into its part file.
 
-    Every document's tokens must stand for as many bytes as its text has, and every validation document must decode
-    to itself. Raises UserError naming the document otherwise.
+    Every document's tokens must stand for as many bytes as its text has, and every validation document (with case
+    operators, every document) must decode to itself. Raises UserError naming the document otherwise.
     """
     counters: Counter = Counter()
     found = list(block_documents(block, counters))
     pieces = [np.array(ids, "<u2") for ids in _processor.encode([d.text for d in found], add_bos=True, num_threads=1)]
     is_val = np.array([document.split == "val" for document in found], bool)
-    for i in np.flatnonzero(is_val):
+    checked = range(len(found)) if isinstance(_processor, case_ops.CaseTokenizer) else np.flatnonzero(is_val)
+    for i in checked:
         if _processor.decode(pieces[i][1:].tolist()) != found[i].text:
-            counters["val_not_round_trip"] += 1
+            counters["val_not_round_trip"] += int(is_val[i])
             if not _setup.lossy:
-                raise UserError(f"{found[i].place}: the tokenizer does not give this validation document back; {LOSSY_HINT}")
+                raise UserError(
+                    f"{found[i].place}: the tokenizer does not give this {'validation ' * bool(is_val[i])}document back; {LOSSY_HINT}"
+                )
     documents = np.array([(d.digest[:16], len(piece), len(d.data)) for d, piece in zip(found, pieces)], DOCUMENT)
     if found and not _setup.lossy:
         ids = np.concatenate(pieces)
@@ -485,6 +492,7 @@ class Job:
         facts = [ALGORITHM_VERSION, spm.__version__, self.entries, tokenizer, args.text_key, args.shard_tokens]
         facts += [None if self.explicit_val else args.val_fraction, args.drop_overlap, args.allow_lossy]
         facts += ["paragraphs"] if args.split_paragraphs else []
+        facts += ["case operators"] if args.case_ops else []
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def setup(self, **options) -> Setup:
@@ -570,7 +578,7 @@ def scan(job: Job, work: Path) -> None:
         raise job.empty_split(trained, held)
     if train_one:
         started, texts = time.perf_counter(), sample.texts()
-        model = train_tokenizer(texts, job.vocab_size, job.args.character_coverage)
+        model = train_tokenizer(texts, job.vocab_size, job.args.character_coverage, job.args.case_ops)
         ByteTable.from_tokenizer(parse_tokenizer(model, "trained tokenizer"))
         with atomic_write(work / "tokenizer.model") as temporary:
             temporary.write_bytes(model)
@@ -627,6 +635,7 @@ def merge(job: Job, work: Path, parts: list[Part], model: bytes) -> dict:
             "path": Path(os.path.relpath(job.tokenizer_path, job.out)).as_posix(),
             "sha256": hashlib.sha256(model).hexdigest(),
             "vocab_size": job.vocab_size,
+            "case_ops": isinstance(parse_tokenizer(model, "tokenizer"), case_ops.CaseTokenizer),
             "val_documents_not_round_trip": lossy,
         },
         "splits": {split: splits[split] for split in SPLITS},
@@ -688,6 +697,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--text-key", default="text", metavar="KEY", help="field or column that holds the text (text)")
     add = parser.add_argument_group("tokenizer").add_argument
     add("--vocab-size", type=number(int, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE), metavar="V", help="pieces to train (1024)")
+    add("--case-ops", action="store_true", help="write capitals as case operators, so that all cases of a word share their tokens")
     add("--tokenizer", metavar="PATH", help="take this SentencePiece model instead of training one")
     sample = "training text the tokenizer is trained on (32)"
     add("--tokenizer-sample-mb", type=number(float, 0.001, 1e6), default=32.0, metavar="MB", help=sample)
@@ -711,7 +721,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
 
     if args.variant is not None:
-        for option in ("inputs", "source", "val", "val_fraction", "split_paragraphs", "vocab_size", "tokenizer", "name"):
+        for option in ("inputs", "source", "val", "val_fraction", "split_paragraphs", "vocab_size", "case_ops", "tokenizer", "name"):
             if getattr(args, option):
                 raise UserError(f"--variant downloads a finished dataset; it does not go with {option.replace('_', '-')}")
         if not re.fullmatch(r"\w+", args.variant) or (args.variant not in PUBLISHED_REPOS and args.repo_id is None):
@@ -758,10 +768,12 @@ def make_job(args: argparse.Namespace, command: str) -> Job:
         processor = parse_tokenizer(model, args.tokenizer)
         ByteTable.from_tokenizer(processor)  # refused before any work where bytes cannot be counted
         vocab_size = processor.vocab_size()
+        if args.case_ops and not isinstance(processor, case_ops.CaseTokenizer):
+            raise UserError(f"{args.tokenizer} has no case operators: it is not one that --case-ops trained")
         if args.vocab_size not in (None, vocab_size):
             raise UserError(f"{args.tokenizer} has {vocab_size} pieces, not --vocab-size {args.vocab_size}")
     stem = Path(args.inputs[0]).resolve().name.split(".")[0] if args.inputs else "stdlib"
-    name = args.name or (Path(args.out).name if args.out else f"{stem}_sp{vocab_size}")
+    name = args.name or (Path(args.out).name if args.out else f"{stem}_{'case' if args.case_ops else 'sp'}{vocab_size}")
     out = Path(args.out) if args.out else DATA_DIR / "datasets" / name
     tokenizer_path = Path(args.tokenizer or args.tokenizer_out or tokenizer_folder(out) / f"{name}.model")
     entries = [readers.describe_source(source) for source in sources]

@@ -3,17 +3,21 @@
 A shard is 256 little-endian int32 (magic, version, tokens, zeros), then uint16 tokens; BOS stands before every document. A split is
 the shards `fineweb_<split>_000000.bin`, … of a folder, in order: a document may run on from one into the next.
 
+A tokenizer whose vocabulary has case operators (case_ops.py) is one of transformed text; what is loaded here encodes and decodes the text.
+
 Needs numpy; sentencepiece and torch are imported where a tokenizer is loaded and a table is put on a device.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.case_ops import OPERATOR_BYTES, CaseTokenizer, has_operators
 from parts.files import UserError, one_line, read_json, sha256_file
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
@@ -22,6 +26,7 @@ SPLITS = ("train", "val")
 BOS_ID = 1  # starts every document in the published shards
 MAX_VOCAB_SIZE = 1 << 16  # tokens are uint16
 SPACE = "\u2581"  # SentencePiece's stand-in for a space
+PUBLISHED_OPERATORS = "\ue001\ue002\ue003\ue004"  # of the published CaseOps exports: another transform than case_ops.py's
 _SHARD_NAME = re.compile(r"fineweb_((?:train|val)(?:_bytes)?)_[0-9]{6}\.bin")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def load_manifest(data_path: str | Path) -> dict | None:
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None):
-    """The SentencePieceProcessor in a file; refuses a vocabulary of another size than the model's."""
+    """The tokenizer in a file; refuses a vocabulary of another size than the model's."""
     if not Path(path).is_file():
         raise UserError(f"TOKENIZER_PATH={path} is not a file")
     tokenizer = parse_tokenizer(Path(path).read_bytes(), str(path))
@@ -115,7 +120,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None):
 
 
 def parse_tokenizer(model: bytes, name: str):
-    """The SentencePieceProcessor of a serialized model. Raises UserError naming it where shards could not be read or written with it."""
+    """The SentencePieceProcessor (or CaseTokenizer) of a serialized model. Raises UserError naming it where shards could not be read or written with it."""
     from sentencepiece import SentencePieceProcessor
 
     tokenizer = SentencePieceProcessor()
@@ -128,7 +133,7 @@ def parse_tokenizer(model: bytes, name: str):
         raise UserError(f"{name} has {tokenizer.vocab_size()} pieces; shards hold 16-bit tokens, at most {MAX_VOCAB_SIZE}")
     if tokenizer.bos_id() != BOS_ID:
         raise UserError(f"{name}: its BOS id is {tokenizer.bos_id()}; shards mark documents with {BOS_ID}")
-    return tokenizer
+    return CaseTokenizer(tokenizer) if has_operators(tokenizer) else tokenizer
 
 
 def tokenizer_hash(path: str | Path) -> str:
@@ -143,21 +148,31 @@ class ByteTable:
     control token is not text there; anywhere else, and with any other tokenizer, each ▁ is one byte. What has no token before it is
     no target and is not counted.
 
-    The arrays are numpy's, or torch's after `to`; `count` takes and gives the same kind.
+    Case operators are no bytes of the text (the escape is what a literal operator has more than its digit). The published CaseOps exports,
+    whose literals look like operators, record the bytes of each validation token in files beside the shards: those count then.
+
+    The arrays are numpy's, or torch's after `to`; `count` and `targets` take and give the same kind.
     """
 
     sizes: np.ndarray  # int64 [2, V]: after text, after a control token
     context: np.ndarray  # int64 [V]: 1 for control tokens
+    recorded: np.ndarray | None = None  # int64 [N]: of each token of the validation stream, where the export records them
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> ByteTable:
         """Raises UserError for a tokenizer whose tokens do not tell the bytes."""
+        if has_operators(tokenizer, PUBLISHED_OPERATORS):
+            raise UserError(
+                "the tokenizer is one of the published CaseOps exports, whose tokens do not tell their bytes: "
+                f"{shard_name('val_bytes', 0)} … must lie beside the validation shards"
+            )
         if tokenizer.id_to_piece(tokenizer.piece_to_id(SPACE)) != SPACE:
             raise UserError(f"the tokenizer has no standalone '{SPACE}' piece: its bytes cannot be counted")
         letter = "".join(tokenizer.id_to_piece(token) for token in tokenizer.encode("a"))  # "▁a" with a dummy prefix, "a▁" with a suffix
         if len(letter) > 1 and letter.endswith(SPACE):
             raise UserError("the tokenizer ends every text with a space (treat_whitespace_as_suffix): its bytes cannot be counted")
         size = tokenizer.vocab_size()
+        operators = OPERATOR_BYTES if isinstance(tokenizer, CaseTokenizer) else {}
         sizes, context = np.zeros((2, size), np.int64), np.zeros(size, np.int64)
         for token in range(size):
             context[token] = tokenizer.is_control(token)
@@ -165,16 +180,41 @@ class ByteTable:
                 continue
             piece = tokenizer.id_to_piece(token)
             # A space inside a piece (a vocabulary that keeps runs of spaces) is one byte of text, not the three of U+2581.
-            sizes[:, token] = 1 if tokenizer.is_byte(token) else len(piece.replace(SPACE, " ").encode())
+            sizes[:, token] = 1 if tokenizer.is_byte(token) else operators.get(piece, len(piece.replace(SPACE, " ").encode()))
             sizes[1, token] -= letter.startswith(SPACE) and piece.startswith(SPACE)
         return cls(sizes, context)
+
+    @classmethod
+    def for_validation(cls, tokenizer, data_path: str | Path) -> ByteTable:
+        """The table for the validation shards of a folder: the bytes recorded there where the tokenizer's tokens do not tell them."""
+        recorded = [path.name for path in Path(data_path).glob(shard_name("val_bytes", 0))]
+        if not (has_operators(tokenizer, PUBLISHED_OPERATORS) and recorded):
+            return cls.from_tokenizer(tokenizer)
+        tokens, counts = (list_shards(data_path, split) for split in ("val", "val_bytes"))
+        for path, beside in itertools.zip_longest(tokens, counts):
+            if path is None or beside is None or beside.name != path.name.replace("_val_", "_val_bytes_"):
+                raise UserError(f"{data_path} holds no {'token shard' if path is None else 'recorded bytes'} for {(path or beside).name}")
+            if len(load_shard(path)) != len(load_shard(beside)):
+                raise UserError(f"{beside} records {len(load_shard(beside))} tokens, {path.name} has {len(load_shard(path))}")
+        size = tokenizer.vocab_size()
+        return cls(
+            np.zeros((2, size), np.int64), np.zeros(size, np.int64), np.concatenate([load_shard(path) for path in counts]).astype(np.int64)
+        )
 
     def to(self, device) -> ByteTable:
         """The same table as tensors on a torch device."""
         import torch
 
-        return ByteTable(torch.as_tensor(self.sizes, device=device), torch.as_tensor(self.context, device=device))
+        return ByteTable(
+            *(None if array is None else torch.as_tensor(array, device=device) for array in (self.sizes, self.context, self.recorded))
+        )
 
     def count(self, previous, target):
-        """Bytes of each target, int64, the shape of `target`."""
+        """Bytes of each target, int64, the shape of `target`. Raises UserError where they are recorded by place, not told by the token."""
+        if self.recorded is not None:
+            raise UserError("the bytes of a published CaseOps export are known of its validation tokens in their order alone")
         return self.sizes[self.context[previous], target]
+
+    def targets(self, tokens):
+        """Bytes of each token but the first, int64 [N-1], of a stream of tokens [N]: with recorded bytes, the validation stream's first N."""
+        return self.count(tokens[:-1], tokens[1:]) if self.recorded is None else self.recorded[1 : len(tokens)]
