@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+LEFTOVER_SECONDS = 3600  # no file takes that long to write
 
 
 class UserError(Exception):
@@ -42,7 +46,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, on failure remove it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps the orphaned worker of a killed run out of its successor's way. What a kill left is known by its age.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # whoever wrote it has just finished
+            if leftover.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                leftover.unlink()
     try:
         yield temporary
         with open(temporary, "rb") as handle:

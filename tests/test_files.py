@@ -70,3 +70,14 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     for damaged in (b"", b"[1]", b"{", b"\xff", b"[" * 100_000):
         path.write_bytes(damaged)
         assert read_json(path) is None
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
+    path = tmp_path / "a[1].json"
+    names = {"old": ".a[1].json.77.tmp", "of a live process": ".a[1].json.78.tmp", "of another file": ".b.json.77.tmp"}
+    for what, name in names.items():
+        (tmp_path / name).write_text("half")
+        if what != "of a live process":
+            os.utime(tmp_path / name, (0, 0))
+    write_json(path, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a[1].json", names["of a live process"], names["of another file"]])
