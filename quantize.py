@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import ByteTable, list_shards, load_shard, load_tokenizer, tokenizer_hash
+from data.shards import ByteTable, check_tokenizer, list_shards, load_shard, load_tokenizer
 from parts import packing
 from parts.artifact import restore_weights
 from parts.code import SCRIPT_NAME, code_bytes, code_script
@@ -712,7 +712,7 @@ class Quantizer:
             if not torch.isfinite(weight).all():
                 raise UserError(f"{name} is not finite: the run diverged, there is nothing to quantize")
         load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-        if tokenizer_hash(cfg.tokenizer_path) != meta["tokenizer_sha256"]:
+        if check_tokenizer(cfg.data_path, cfg.tokenizer_path) != meta["tokenizer_sha256"]:
             raise UserError(f"{run_dir} was trained with another tokenizer than TOKENIZER_PATH={cfg.tokenizer_path}")
         self.model = build_model(cfg, ctx.device)
         load_weights(self.model, weights)
@@ -745,7 +745,7 @@ class Quantizer:
 
     def header(self, cfg: Config) -> dict:
         calibration = round(self.seconds["calibration"], 3)
-        kept = ("looping", "steps", "tokens", "world_size", "device", "torch", "tokenizer_sha256")
+        kept = ("looping", "steps", "tokens", "world_size", "device", "torch", "tokenizer_sha256", "train_data_sha256", "val_data_sha256")
         header = {key: self.meta[key] for key in kept if key in self.meta}
         header.update(
             config=cfg.to_dict(), calibration_seconds=calibration, train_seconds=round(self.meta["train_seconds"] + calibration, 3)

@@ -26,6 +26,8 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import errno
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -39,7 +41,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -47,11 +49,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.shards import BOS_ID, ByteTable, check_vocabulary, list_shards, load_shard, load_tokenizer, tokenizer_hash, unread_files
+from data.shards import (
+    BOS_ID,
+    SHARD_HEADER_BYTES,
+    ByteTable,
+    check_tokenizer,
+    check_vocabulary,
+    list_shards,
+    load_shard,
+    load_tokenizer,
+    split_digest,
+    unread_files,
+)
 from parts import kernels
-from parts.files import UserError, atomic_write, cli
+from parts.files import UserError, atomic_write, cli, fault_line, one_line, read_json, write_json
+from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, flush_stdout, print_line, run_lock
 
 SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
+Result = TypeVar("Result")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,7 +225,10 @@ class Config:
     val_loss_every: int = _train(1000, "steps between validations; 0: only at the end", low=0)
     val_tokens: int = _train(0, "validate on the first n tokens only; 0: all", low=0)
     train_log_every: int = _train(200, "steps between log lines", low=1)
-    checkpoint_every: int = _train(1000, "steps between checkpoints; 0: only when stopped by a signal", low=0)
+    checkpoint_every: int = _train(
+        1000, "steps between checkpoints; 0: not by steps (stopped or finished, a run saves one in any case)", low=0
+    )
+    checkpoint_seconds: float = _train(300.0, "seconds between checkpoints, by the wall clock; 0: not by time", low=0)
 
     # --- quantization
     quant_method: str = _quant("gptq", "gptq, or rtn (round to nearest) for comparison", choices=("gptq", "rtn"))
@@ -519,6 +537,7 @@ class RunContext:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.device = device or torch.device("cpu")
         self._text = self._events = None
+        self.output_closed = False  # nobody reads stdout any more
 
     @property
     def is_main(self) -> bool:
@@ -527,19 +546,21 @@ class RunContext:
     def open_logs(self, folder: Path) -> None:
         """Append to train.log (for people) and metrics.jsonl (for programs) in `folder`; rank 0 only."""
         if self.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._text = open(folder / "train.log", "a", buffering=1)
-            self._events = open(folder / "metrics.jsonl", "a", buffering=1)
+            self._text, self._events = LogFile(folder / "train.log"), LogFile(folder / "metrics.jsonl")
 
     def log(self, line: str = "") -> None:
         if self.is_main:
-            print(line, flush=True)
-            if self._text:
-                print(line, file=self._text)
+            self.output_closed |= not print_line(line)
+            self.note(line)
+
+    def note(self, line: str) -> None:
+        """To train.log alone."""
+        if self._text:
+            self._text.write(line)
 
     def metric(self, event: str, **values) -> None:
         if self._events:
-            print(json.dumps({"event": event, **values}), file=self._events)
+            self._events.write(json.dumps({"event": event, **values}))
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """In place; returns `tensor`."""
@@ -570,11 +591,35 @@ class RunContext:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather_objects(self, value) -> list:
+        """Every rank's value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Rank 0 acts; every rank gets what it returned, or its fault of input."""
+        if self.world_size == 1:
+            return action()
+        result = fault = None
+        if self.is_main:
+            try:
+                result = action()
+            except (UserError, OSError) as error:
+                fault = fault_line(error)
+        result, fault = self.broadcast_object((result, fault))
+        if fault:
+            raise UserError(fault)
+        return result
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.all_reduce(torch.zeros(1))  # through gloo: a barrier that does not touch the GPU's queue
 
     def close(self) -> None:
+        flush_stdout()
         for handle in filter(None, (self._text, self._events)):
             handle.close()
         self._text = self._events = None
@@ -599,6 +644,8 @@ def setup_distributed(device: str = "auto") -> RunContext:
     if on_cuda:
         torch.cuda.set_device(target)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices remain (Newton-Schulz runs in bf16 anyway)
+    if "RANK" in os.environ:
+        end_with_parent()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=datetime.timedelta(minutes=20))
     return RunContext(rank, world, local, target)
@@ -636,8 +683,10 @@ class TokenStream:
     def __init__(self, data_path: str | Path, vocab_size: int, split: str = "train"):
         assert split == "train", "only training shards may reach the weights"
         self.paths = list_shards(data_path, split)
-        self.shards = [load_shard(path) for path in self.paths]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.starts = np.cumsum([0] + [len(load_shard(path)) for path in self.paths])
+        # Read through open files: a shard that is unlinked stays readable, and one that is cut short is a fault with a name. Under a
+        # memory map the first would do as well, the second kills the process (SIGBUS).
+        self.files = [open(path, "rb", buffering=0) for path in self.paths]
         self.vocab_size = vocab_size
         self.position = 0
 
@@ -649,13 +698,20 @@ class TokenStream:
     def epoch(self) -> float:
         return self.position / self.total_tokens
 
+    def piece(self, index: int, first: int, count: int) -> np.ndarray:
+        """Tokens first … first+count−1 of shard `index`."""
+        data = os.pread(self.files[index].fileno(), 2 * count, SHARD_HEADER_BYTES + 2 * first)
+        if len(data) < 2 * count:
+            raise UserError(f"{self.paths[index]} was cut short while it was read: it ends before its token {first + count:,}")
+        return np.frombuffer(data, "<u2")
+
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from stream position `start`, wrapping around at the end of the last shard."""
         pieces = []
         while count:
             offset = start % self.total_tokens
             index = int(np.searchsorted(self.starts, offset, side="right")) - 1
-            piece = self.shards[index][offset - self.starts[index] :][:count]
+            piece = self.piece(index, offset - int(self.starts[index]), min(count, int(self.starts[index + 1]) - offset))
             check_vocabulary(piece, self.vocab_size, self.paths[index])
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
@@ -2227,26 +2283,55 @@ def evaluate(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
-    """Tensors and a JSON header, written atomically."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """Tensors and a JSON header with a checksum over both, written atomically, readable as the umask says. OSError if there is no room."""
+    from safetensors.torch import save
 
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(meta)
+    data = save(tensors, {"meta": text, "sha256": tensors_digest(tensors, text)})
     with atomic_write(path) as temporary:
-        try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"meta": json.dumps(meta)})
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be written: {error}") from None
+        temporary.write_bytes(data)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The texts that `save_tensors` put before the tensors. Raises OSError, or one of UNREADABLE."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(min(length, 1 << 26)))["__metadata__"]
+
+
+UNREADABLE = (ValueError, KeyError, TypeError, RecursionError, OverflowError)  # what damaged bytes make of a parser
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What `save_tensors` wrote; a damaged file is a UserError."""
-    from safetensors import SafetensorError, safe_open
+    """What `save_tensors` wrote; a file that is damaged by as little as a bit is a UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in list(handle.keys())}, json.loads(handle.metadata()["meta"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        header = read_header(path)
+        tensors, digest, meta = load(path.read_bytes()), header["sha256"], json.loads(header["meta"])
+    except (SafetensorError, OSError, *UNREADABLE) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    if tensors_digest(tensors, header["meta"]) != digest:
+        raise UserError(f"{path} is damaged: its contents do not have the checksum that was stored with them")
+    return tensors, meta
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 over `text` and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_meta(path: Path, meta: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
+    """Refuse a header that lacks one of `kinds` or holds another type there."""
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"{path} is not {what}")
 
 
 def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
@@ -2262,14 +2347,16 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
             param.copy_(weights[name])
 
 
+RUN_META = {"config": dict, "looping": bool, "steps": int, "train_seconds": (int, float), "tokenizer_sha256": str}
+
+
 def load_run(run_dir: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
-    """A finished run: (its settings, weights as float32 by name, metadata: looping, steps, train_seconds, tokenizer_sha256, …)."""
+    """A finished run: (its settings, weights as float32 by name, metadata: those of RUN_META and more)."""
     path = Path(run_dir) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} does not exist: is {run_dir} a finished run?")
     weights, meta = load_tensors(path)
-    if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict):
-        raise UserError(f"{path} carries no configuration: it is not a run's model")
+    check_meta(path, meta, RUN_META, "a run's model")
     return meta["config"], weights, meta
 
 
@@ -2298,6 +2385,26 @@ class TrainState:
         if self.optimizers.ctx.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
         return tensors
+
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What keeps `load` from taking these tensors; None if nothing does."""
+        shapes = {name: param.shape for name, param in self.model.named_parameters()}
+        expected = {f"model/{name}": shape for name, shape in shapes.items()}
+        expected |= {name: buffer.shape for name, buffer in self.optimizers.muon.buffers().items()}
+        expected["rng/cpu"] = torch.get_rng_state().shape
+        if any(name.startswith("adam/") for name in tensors):  # there is no such state before the first step
+            for spec in self.optimizers.table:
+                if spec.optimizer == "adam":
+                    expected |= {f"adam/{spec.name}/{key}": spec.param.shape for key in ("exp_avg", "exp_avg_sq")}
+                    expected[f"adam/{spec.name}/step"] = torch.Size()
+        optional = {f"ema/{name}": shape for name, shape in shapes.items()}
+        if missing := sorted(expected.keys() - tensors.keys()):
+            return f"{missing[0]} is missing"
+        for name, tensor in tensors.items():
+            shape = {**expected, **optional}.get(name, tensor.shape if name == "rng/cuda" else None)
+            if tensor.shape != shape:
+                return f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}" if shape is not None else f"{name} is none of its tensors"
+        return None
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         params = dict(self.model.named_parameters())
@@ -2328,10 +2435,17 @@ class TrainState:
 
 
 CHECKPOINTS_KEPT = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def save_checkpoint(state: TrainState, cfg: Config, folder: Path) -> Path:
-    """checkpoints/step_0000500.safetensors, written atomically; older ones beyond the last two are removed."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest first."""
+    return sorted((folder / "checkpoints").glob("step_*.safetensors"), reverse=True)
+
+
+def save_checkpoint(state: TrainState, cfg: Config, folder: Path, made_from: Mapping) -> Path:
+    """checkpoints/step_0000500.safetensors, written atomically; older ones beyond the last two are removed, the last but one where the disk
+    has no room otherwise. OSError if it has none even so."""
     state.assert_finite()
     path = folder / "checkpoints" / f"step_{state.step:07d}.safetensors"
     for leftover in path.parent.glob(".step_*.tmp"):  # of a run killed while it wrote
@@ -2343,60 +2457,147 @@ def save_checkpoint(state: TrainState, cfg: Config, folder: Path) -> Path:
         "position": state.stream.position,
         "stream_tokens": state.stream.total_tokens,
         "looping": state.model.looping,
+        **made_from,
     }
-    save_tensors(path, state.tensors(), meta)
-    for old in sorted(path.parent.glob("step_*.safetensors"))[:-CHECKPOINTS_KEPT]:
+    try:
+        save_tensors(path, state.tensors(), meta)
+    except OSError as error:
+        older = [old for old in list_checkpoints(folder) if old != path][1:]
+        if not older or error.errno not in NO_ROOM:
+            raise
+        for old in older:
+            old.unlink()
+        save_tensors(path, state.tensors(), meta)
+    for old in list_checkpoints(folder)[CHECKPOINTS_KEPT:]:
         old.unlink()
     return path
 
 
-CHECKPOINT_KEYS = {"config", "step", "elapsed", "position", "stream_tokens", "looping"}
+CHECKPOINT_META = {
+    "config": dict, "step": int, "elapsed": (int, float), "position": int, "stream_tokens": int, "looping": bool, "batch_tokens": int,
+    "tokenizer_sha256": str, "train_data_sha256": str, "val_data_sha256": str, "code_sha256": str,
+}  # fmt: skip
 
 
-def read_last_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict] | None:
-    """The newest readable checkpoint; None if the run has written none. A damaged one is set aside under another name."""
-    paths = sorted((folder / "checkpoints").glob("step_*.safetensors"), reverse=True)
-    for path in paths:
+def read_last_checkpoint(folder: Path, state: TrainState, log: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict] | None:
+    """The newest checkpoint that is whole and fits; None if the run has written none. Those passed over are set aside under another name."""
+    passed = []
+    for path in list_checkpoints(folder):
         try:
             tensors, meta = load_tensors(path)
-            if not isinstance(meta, dict) or not meta.keys() >= CHECKPOINT_KEYS:
-                raise UserError(f"{path} is not a checkpoint of a run")
-            return tensors, meta
+            check_meta(path, meta, CHECKPOINT_META, "a checkpoint of a run")
+            if fault := state.misfit(tensors):
+                raise UserError(f"{path} is not of this model: {fault}")
         except UserError as error:
-            log(f"warning: {error}; trying the one before")
-            path.rename(path.with_suffix(".damaged"))
-    if paths:
+            passed.append(path.with_suffix(".damaged"))
+            path.rename(passed[-1])
+            log(f"warning: {error}; it is kept as {passed[-1].name}")
+            continue
+        if passed:
+            log(f"warning: continuing from {path.name}, the one before {', '.join(p.stem for p in passed)}")
+        return path, tensors, meta
+    if passed:
         raise UserError(f"no checkpoint in {folder / 'checkpoints'} can be read; the files are kept as *.damaged")
     return None
 
 
-def restore_checkpoint(state: TrainState, cfg: Config, folder: Path, ctx: RunContext) -> bool:
-    """Continue from the last readable checkpoint of the run; False if it has none. Rank 0 reads, so only its disk need hold it."""
-    tensors, meta, fault = {}, None, None
-    if ctx.is_main:
-        try:
-            tensors, meta = read_last_checkpoint(folder, ctx.log) or ({}, None)
-        except UserError as error:
-            fault = str(error)
-    meta, fault = ctx.broadcast_object((meta, fault))
-    if fault:
-        raise UserError(fault)
+def restore_checkpoint(state: TrainState, cfg: Config, folder: Path, ctx: RunContext, made_from: Mapping) -> Path | None:
+    """Continue from the last good checkpoint of the run; None if it has none. Rank 0 reads, so only its disk need hold it.
+
+    Refused if it would go on with other data, another tokenizer, other batches, or settings that the run's course depends on.
+    """
+    found: dict = {}
+
+    def look() -> tuple[Path, dict] | None:
+        path, found["tensors"], meta = read_last_checkpoint(folder, state, ctx.log) or (None, {}, None)
+        return path, meta
+
+    path, meta = ctx.on_main(look)
     if meta is None:
-        return False
-    stage = {f.name: f.metadata["stage"] for f in settings()}
-    for name, value in cfg.to_dict().items():
-        before = meta["config"].get(name, value)
-        if value != before and stage[name] == "model":
-            raise UserError(f"{name.upper()}={value}, but the checkpoint was trained with {before}")
-        if value != before and name not in ("resume", "run_id"):
-            ctx.log(f"resume: {name.upper()} changes from {before} to {value}")
-    if meta["stream_tokens"] != state.stream.total_tokens:
-        raise UserError(f"the training shards hold {state.stream.total_tokens} tokens; the run began with {meta['stream_tokens']}")
-    state.load(ctx.broadcast_tensors(tensors))
+        ctx.log("resume: no checkpoint yet, starting from the beginning")
+        ctx.metric("resume", step=0)
+        return None
+    for line in changes_of_course(cfg, meta["config"]):
+        ctx.log(f"resume: {line}")
+    for key, what in CONTENT.items():
+        if made_from[key] != meta[key]:
+            line = f"{what} of this run, SHA-256 {made_from[key][:12]}…, is not that of {path.name}, {meta[key][:12]}…"
+            if key in ("train_data_sha256", "tokenizer_sha256"):
+                raise UserError(f"{line}: it would go on with something else than it began with")
+            ctx.log(f"warning: resume: {line}")
+    if meta["batch_tokens"] != made_from["batch_tokens"]:
+        raise UserError(f"a step takes {made_from['batch_tokens']:,} tokens here, but the run began with {meta['batch_tokens']:,}")
+    state.load(ctx.broadcast_tensors(found.get("tensors", {})))
     state.step, state.elapsed, state.stream.position = meta["step"], meta["elapsed"], meta["position"]
     state.model.looping = meta["looping"]
-    ctx.log(f"resume: step {state.step}, {state.elapsed:.1f}s of the budget spent")
-    return True
+    before = training_progress(Config.from_dict(meta["config"]), state.step, state.elapsed)
+    progress = training_progress(cfg, state.step, state.elapsed)
+    if before >= 1 > progress:
+        ctx.log(f"resume: the run was finished; it is extended, and its schedules go back from 100% to {progress:.1%} of the budget")
+    ctx.log(f"resume: step {state.step}, {state.elapsed:.1f}s of the budget spent ({path.name})")
+    ctx.metric("resume", step=state.step, elapsed=round(state.elapsed, 3), progress=progress, checkpoint=path.name)
+    return path
+
+
+# What a checkpoint, a model and an artifact say they were made from.
+CONTENT = {
+    "tokenizer_sha256": "the tokenizer",
+    "train_data_sha256": "the training data",
+    "val_data_sha256": "the validation data",
+    "code_sha256": "the code",
+}
+
+# Settings that a resumed run may change: its budget, its reports, how the work is cut. The rest of training would make it another run.
+MAY_CHANGE = {
+    "iterations", "max_wallclock_seconds", "gptq_reserve_seconds", "micro_batch_tokens", "warmup_steps", "val_loss_every", "val_tokens",
+    "train_log_every", "checkpoint_every", "checkpoint_seconds",
+}  # fmt: skip
+
+
+def changes_of_course(cfg: Config, before: Mapping) -> list[str]:
+    """What differs from the settings a run has had, a line each; refused where the run's course depends on it."""
+    stage = {f.name: f.metadata["stage"] for f in settings()}
+    lines = []
+    for name, value in cfg.to_dict().items():
+        old = before.get(name, value)
+        if value == old or name in ("resume", "run_id"):
+            continue
+        if name == "seed" or (stage[name] in ("model", "train") and name not in MAY_CHANGE):
+            raise UserError(f"{name.upper()}={value}, but the run began with {old}; unset it to continue the run, or choose another RUN_ID")
+        lines.append(f"{name.upper()} changes from {old} to {value}")
+    return lines
+
+
+def run_settings(folder: Path) -> dict | None:
+    """The settings of the run in `folder`, from its newest checkpoint, its model or config.json; None if there is no run.
+
+    Headers only: what is continued in the end is checked as a whole by `restore_checkpoint`.
+    """
+    if not run_started(folder):
+        return None
+    for path in [*list_checkpoints(folder), folder / "model.safetensors"]:
+        try:
+            meta = json.loads(read_header(path)["meta"])
+            if isinstance(meta["config"], dict):
+                return meta["config"]
+        except (OSError, *UNREADABLE):
+            continue
+    settings = (read_json(folder / "config.json") or {}).get("config")
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder} holds a run, but nothing in it tells its settings: choose another RUN_ID, or remove the folder")
+    return settings
+
+
+def run_started(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "model.safetensors", "checkpoints"))
+
+
+def code_digest() -> str:
+    """SHA-256 over this file and the modules that it may load."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in [Path(__file__), *sorted((root / "data").glob("*.py")), *sorted((root / "parts").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2514,22 +2715,28 @@ def set_qat_strength(model: GPT, strength: float) -> None:
             module.strength.fill_(strength)
 
 
-class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save and leave between two steps."""
+def random_state(device: torch.device) -> list[Tensor]:
+    """The generators that training draws from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
-    def __init__(self):
-        self.received = 0
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def _remember(self, number, frame) -> None:
-        if self.received:  # asked twice: whoever asks will not wait for the step to end
-            self.restore()
-            signal.raise_signal(number)
-        self.received = number
+def set_random_state(generators: list[Tensor]) -> None:
+    torch.set_rng_state(generators[0])
+    for state in generators[1:]:
+        torch.cuda.set_rng_state(state)
 
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+
+RETRY_SECONDS = 30.0  # between attempts to save on a full disk
+
+
+@dataclass
+class Saved:
+    """The last checkpoint of this process."""
+
+    step: int = -1
+    path: Path | None = None
+    at: float = 0.0  # monotonic seconds
+    retry_at: float | None = None  # after an attempt that failed
 
 
 class Trainer:
@@ -2539,7 +2746,13 @@ class Trainer:
         self.cfg, self.ctx, self.folder = cfg, ctx, folder
         self._plan()
         self.byte_table = ByteTable.for_validation(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), cfg.data_path).to("cpu")
-        self.tokenizer_sha256 = tokenizer_hash(cfg.tokenizer_path)
+        self.made_from = {
+            "tokenizer_sha256": check_tokenizer(cfg.data_path, cfg.tokenizer_path),
+            "train_data_sha256": split_digest(cfg.data_path, "train"),
+            "val_data_sha256": split_digest(cfg.data_path, "val"),
+            "code_sha256": code_digest(),
+            "batch_tokens": self.batch.tokens,
+        }
         self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
         if not self.byte_table.targets(self.val_tokens).sum():  # better found now than after the training
             raise UserError(f"the {len(self.val_tokens)} validation tokens stand for no bytes of text: nothing to score")
@@ -2564,14 +2777,44 @@ class Trainer:
         self.in_flight: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
         self.last_loss = float("nan")
         self.qat = False
+        self.stop = StopSignal()
+        self.saved = Saved()
+        self.between_steps = True  # the state is that of a finished step: false while an update is under way
 
     # --- one step
 
-    def run_step(self, progress: float) -> Tensor:
-        """Forward, backward and update on the next TRAIN_BATCH_TOKENS; returns the mean loss (a tensor: reading it would wait)."""
+    def run_step(self, progress: float) -> Tensor | None:
+        """Forward, backward and update on the next TRAIN_BATCH_TOKENS; returns the mean loss (a tensor: reading it would wait).
+
+        None if a stop was asked for between two micro-batches: what was done of the step is then undone, and so it is if it fails
+        before the update (no data, no memory), so that the state of the last step can be saved.
+        """
+        state = self.state
+        generators = random_state(self.ctx.device)
+        try:
+            loss = self.accumulate_gradients()
+            if loss is not None:
+                state.optimizers.reduce_gradients(loss)
+        except BaseException:
+            self.undo_step(generators)
+            raise
+        if loss is None:
+            self.undo_step(generators)
+            return None
+        self.between_steps = False
+        state.optimizers.step(lr_scale(self.cfg, progress), muon_momentum(self.cfg, progress), wd_scale(self.cfg, progress))
+        state.stream.advance(self.batch.tokens)
+        state.step += 1
+        self.between_steps = True
+        return loss
+
+    def accumulate_gradients(self) -> Tensor | None:
+        """This rank's gradients, added up over its micro-batches; their mean loss, or None when a stop was asked for in between."""
         state, batch = self.state, self.batch
         loss = torch.zeros((), device=self.ctx.device)
         for micro in range(batch.accumulation):
+            if micro and self.agree(0.0)[1]:
+                return None
             first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
             inputs, targets = state.stream.sequences(first, batch.per_micro, batch.seq_len, self.ctx.device)
             boundaries = None
@@ -2580,11 +2823,12 @@ class Trainer:
             micro_loss = self.forward(inputs, targets, boundaries=boundaries) / batch.accumulation
             micro_loss.backward()
             loss += micro_loss.detach()
-        state.optimizers.reduce_gradients(loss)
-        state.optimizers.step(lr_scale(self.cfg, progress), muon_momentum(self.cfg, progress), wd_scale(self.cfg, progress))
-        state.stream.advance(batch.tokens)
-        state.step += 1
         return loss
+
+    def undo_step(self, generators: list[Tensor]) -> None:
+        set_random_state(generators)
+        for param in self.state.model.parameters():
+            param.grad = None
 
     def set_phase(self, progress: float) -> None:
         """Switch sequence length, depth recurrence and QAT when their time has come."""
@@ -2611,6 +2855,8 @@ class Trainer:
         for length, recurrent in training_graphs(cfg):
             self.batch, state.model.looping = self.batches[length], recurrent
             for _ in range(cfg.warmup_steps):
+                if self.agree(0.0)[1]:
+                    break  # the loop that follows leaves before its first step
                 self.run_step(0.0)
         state.optimizers.adam.state.clear()
         state.load(kept)
@@ -2647,16 +2893,19 @@ class Trainer:
                 event.synchronize()
             value = float(loss)
             if not math.isfinite(value):
-                kept = sorted((self.folder / "checkpoints").glob("step_*.safetensors"))
-                last = f"last checkpoint: {kept[-1]}" if kept else "no checkpoint had been written"
+                kept = list_checkpoints(self.folder)
+                last = f"last checkpoint: {kept[0]}" if kept else "no checkpoint had been written"
                 before = (
                     f"step {step - 1} was good at {self.last_loss:.4f}" if math.isfinite(self.last_loss) else "no step before it was good"
                 )
                 raise TrainingDiverged(f"train_loss is {value} at step {step}; {before}; {last}")
             self.last_loss = value
 
-    def agree(self, elapsed: float, stop: int) -> tuple[float, int]:
-        """Rank 0's clock, and the stop signal if any rank got one: every rank must take the same decisions."""
+    def agree(self, elapsed: float) -> tuple[float, int]:
+        """Rank 0's clock, and the signal to stop at if any rank got one: every rank must take the same decisions."""
+        if self.ctx.output_closed:
+            self.stop.request(signal.SIGPIPE)
+        stop = self.stop.received
         if self.ctx.world_size == 1:
             return elapsed, stop
         shared = torch.tensor([elapsed if self.ctx.is_main else 0.0, float(stop)], dtype=torch.float64)
@@ -2668,9 +2917,13 @@ class Trainer:
     def validate(self, label: str) -> EvalResult:
         """Score the float weights as they would be saved: without what QAT imitates, and without the random numbers it draws."""
         cfg, seq = self.cfg, self.cfg.train_seq_len
+        generators = random_state(self.ctx.device)
         set_qat_strength(self.state.model, 0.0)
-        result = evaluate(self.state.model, self.val_tokens, self.byte_table, cfg, self.ctx, seq, seq)
-        set_qat_strength(self.state.model, float(self.qat))
+        try:
+            result = evaluate(self.state.model, self.val_tokens, self.byte_table, cfg, self.ctx, seq, seq)
+        finally:
+            set_qat_strength(self.state.model, float(self.qat))
+            set_random_state(generators)  # QAT's noise was drawn, times zero: how often one validates must not show in the weights
         state = self.state
         self.ctx.log(f"step:{state.step} {label} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} ({result.seconds:.1f}s)")
         self.ctx.metric("validation", label=label, step=state.step, elapsed=round(state.elapsed, 3), **dataclasses.asdict(result))
@@ -2693,50 +2946,122 @@ class Trainer:
         self.ctx.log(f"{line} epoch:{state.stream.epoch:.2f} elapsed:{state.elapsed:.1f}s eta:{_duration(remaining)}")
         self.ctx.metric("train", step=state.step, elapsed=round(state.elapsed, 3), progress=progress, **values)
 
+    # --- saving
+
+    def checkpoint(self) -> Path | None:
+        """Save the state (rank 0). None if there is no room: said in the log, and tried again; the run does not end over it."""
+        saved = self.saved
+        if saved.step != self.state.step:
+            self.settle(0)
+            try:
+                saved.path = save_checkpoint(self.state, self.cfg, self.folder, self.made_from)
+            except OSError as error:
+                saved.retry_at = time.monotonic() + RETRY_SECONDS
+                self.ctx.log(f"warning: no checkpoint at step {self.state.step}: {fault_line(error)}; the run goes on, and tries again")
+                return None
+            saved.step, saved.at, saved.retry_at = self.state.step, time.monotonic(), None
+        return saved.path
+
+    def checkpoint_due(self) -> bool:
+        """By steps, by time, or because the last attempt failed. Rank 0's clock decides, and rank 0 alone writes."""
+        cfg, saved, now = self.cfg, self.saved, time.monotonic()
+        if saved.retry_at is not None:
+            return now >= saved.retry_at
+        by_steps = cfg.checkpoint_every and self.state.step % cfg.checkpoint_every == 0
+        return bool(by_steps or (cfg.checkpoint_seconds and now - saved.at >= cfg.checkpoint_seconds))
+
+    def rescue(self, error: Exception) -> None:
+        """A step has failed: the state before it is whole, and saved (rank 0) before the fault ends the run."""
+        if not (self.ctx.is_main and self.between_steps and self.state.step):
+            return
+        try:
+            if path := self.checkpoint():
+                self.ctx.log(f"step {self.state.step + 1} failed: saved {path}; RESUME=1 RUN_ID={self.cfg.run_id} continues")
+        except Exception as second:  # a device that no longer answers; the first fault is the one to show
+            self.ctx.log(f"step {self.state.step + 1} failed, and so did saving the state before it: {one_line(second)}")
+
+    def stopped(self, number: int) -> int:
+        """Save and leave. Returns the exit code."""
+        path = self.checkpoint() if self.ctx.is_main else None
+        self.ctx.barrier()
+        kept = f"saved {path}" if path else f"NOT saved; last checkpoint: {next(iter(list_checkpoints(self.folder)), 'none')}"
+        self.ctx.log(
+            f"stopped by {signal.Signals(number).name} at step {self.state.step}; {kept}; RESUME=1 RUN_ID={self.cfg.run_id} continues"
+        )
+        return 128 + number
+
+    def save_model(self, meta: Mapping, checkpoint: str | None) -> None:
+        """model.safetensors, from the weights that the model holds. Without room: refused if `checkpoint` has them, else waited for."""
+
+        def attempt() -> str | None:
+            try:
+                save_tensors(self.folder / "model.safetensors", dict(self.state.model.named_parameters()), meta)
+            except OSError as error:
+                return fault_line(error)
+
+        while fault := self.ctx.on_main(attempt):
+            if checkpoint:
+                raise UserError(f"{fault}; the finished weights are in {checkpoint}: RESUME=1 RUN_ID={self.cfg.run_id} goes on from there")
+            if number := self.agree(0.0)[1]:
+                raise UserError(f"{fault}; given up by {signal.Signals(number).name}: the trained weights are lost")
+            self.ctx.log(f"warning: {fault}; the finished weights are in memory only: trying again every {RETRY_SECONDS:g} s, make room")
+            time.sleep(RETRY_SECONDS)
+
     # --- the run
 
     def run(self) -> int:
         """Train until the budget is spent or a signal arrives. Returns 0, or 128 + the signal's number after saving."""
-        self.compile_warmup()
-        self.ctx.barrier()
-        stop = StopSignal()
-        try:
-            return self._run(stop)
-        finally:
-            stop.restore()
+        self.check_same_run()
+        with self.stop:
+            try:
+                self.compile_warmup()
+                self.ctx.barrier()
+                return self._run()
+            except Stopped as stop:
+                self.ctx.log(f"stopped by {stop} in the final validation; RESUME=1 RUN_ID={self.cfg.run_id} goes on from {self.saved.path}")
+                return 128 + stop.number
 
-    def _run(self, stop: StopSignal) -> int:
+    def check_same_run(self) -> None:
+        """Every rank of every node must be about to train the same: settings, code, data, weights. Compared by hash."""
+        ctx = self.ctx
+        if ctx.world_size == 1:
+            return
+        settings = {name: value for name, value in self.cfg.to_dict().items() if name not in MACHINE_SETTINGS}
+        mine = {what: self.made_from[key] for key, what in CONTENT.items()}
+        mine["the settings"] = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        mine["the version of torch"] = torch.__version__
+        mine["the weights"] = tensors_digest(dict(self.state.model.named_parameters()), f"step {self.state.step}")
+        first, *others = ctx.gather_objects(mine)
+        for rank, other in enumerate(others, 1):
+            for what, value in first.items():
+                if other[what] != value:
+                    raise UserError(f"{what} of rank {rank} ({other[what][:12]}…) differs from rank 0's ({value[:12]}…)")
+
+    def _run(self) -> int:
         cfg, ctx, state = self.cfg, self.ctx, self.state
         tokens_a_step = self.batch.tokens  # the same for every sequence length
         spent, began = state.elapsed, time.perf_counter()
         paused = 0.0  # seconds of validation, which the budget does not count (it does count writing checkpoints)
         first_step = mark_step = state.step
         mark_time, warned = state.elapsed, False
+        self.saved.at = time.monotonic()
         progress = before = training_progress(cfg, state.step, state.elapsed)
-        if cfg.val_loss_every and state.step == 0:
+        if cfg.val_loss_every and state.step == 0 and not self.agree(0.0)[1]:
             pause = time.perf_counter()
             self.validate("start")
             paused += time.perf_counter() - pause
         while True:
             self.settle(1 if ctx.device.type == "cuda" else 0)
-            state.elapsed, signal_number = self.agree(spent + time.perf_counter() - began - paused, stop.received)
+            state.elapsed, signal_number = self.agree(spent + time.perf_counter() - began - paused)
             before, progress = progress, max(progress, training_progress(cfg, state.step, state.elapsed))
             if cfg.ema_decay and state.step > first_step:
                 params = [param.data for param in state.model.parameters()]
                 torch._foreach_lerp_(state.ema, params, 1 - ema_decay(cfg, progress - before))
             if signal_number:
-                self.settle(0)
-                path = save_checkpoint(state, cfg, self.folder) if ctx.is_main else None
-                ctx.barrier()
-                ctx.log(
-                    f"stopped by {signal.Signals(signal_number).name} at step {state.step}; saved {path}; RESUME=1 RUN_ID={cfg.run_id} continues"
-                )
-                return 128 + signal_number
+                return self.stopped(signal_number)
             done = progress >= 1
-            if cfg.checkpoint_every and state.step > first_step and state.step % cfg.checkpoint_every == 0 and not done:
-                self.settle(0)
-                if ctx.is_main:
-                    ctx.log(f"step:{state.step} checkpoint {save_checkpoint(state, cfg, self.folder)}")
+            if ctx.is_main and state.step > first_step and not done and self.checkpoint_due() and (path := self.checkpoint()):
+                ctx.log(f"step:{state.step} checkpoint {path}")
             steps_taken = state.step - mark_step
             if steps_taken and (state.step % cfg.train_log_every == 0 or done or state.step - first_step in (1, 2, 5, 10, 20, 50)):
                 self.settle(0)
@@ -2751,49 +3076,65 @@ class Trainer:
             if cfg.val_loss_every and state.step > first_step and state.step % cfg.val_loss_every == 0:
                 pause = time.perf_counter()
                 self.settle(0)
-                self.validate("raw")
+                try:
+                    # One rank need not wait for the score to save and leave; several have to meet at its end.
+                    with self.stop.at_once() if ctx.world_size == 1 else contextlib.nullcontext():
+                        self.validate("raw")
+                except Stopped as stop:
+                    return self.stopped(stop.number)
                 paused += time.perf_counter() - pause
             self.set_phase(progress)
-            self.submit(self.run_step(progress))
+            try:
+                loss = self.run_step(progress)
+            except Exception as error:
+                self.rescue(error)
+                raise
+            if loss is None:
+                return self.stopped(self.agree(0.0)[1])
+            self.submit(loss)
         self.settle(0)
-        state.elapsed, _ = self.agree(spent + time.perf_counter() - began - paused, 0)  # the last step's own time included
+        state.elapsed, _ = self.agree(spent + time.perf_counter() - began - paused)  # the last step's own time included
         self.finish()
         return 0
 
     def finish(self) -> None:
-        """Validate the raw and the averaged weights, and save the averaged ones as the run's result."""
+        """Save the finished state, validate the raw and the averaged weights, and save the averaged ones as the run's result.
+
+        The state comes first: whatever happens in the validations, a resumed run has only them left to do. It is also what an extension
+        of the run starts from.
+        """
         cfg, ctx, state = self.cfg, self.ctx, self.state
         if not state.step:
             raise UserError("the budget was spent before the first step: raise MAX_WALLCLOCK_SECONDS")
         state.assert_finite()
-        raw = self.validate("raw")
-        with state.averaged_weights():
-            result = self.validate("ema") if cfg.ema_decay else raw
-            if cfg.ema_decay and result.val_bpb > raw.val_bpb + 0.02:
-                ctx.log(
-                    f"warning: the EMA scores {result.val_bpb - raw.val_bpb:.3f} bpb worse than the raw weights: EMA_DECAY does not fit"
-                )
-            meta = {
-                "config": cfg.to_dict(),
-                "looping": state.model.looping,
-                "steps": state.step,
-                "tokens": state.stream.position,
-                "train_seconds": state.elapsed,
-                "world_size": ctx.world_size,
-                "device": torch.cuda.get_device_name() if ctx.device.type == "cuda" else "cpu",
-                "torch": torch.__version__,
-                "tokenizer_sha256": self.tokenizer_sha256,
-                "val_loss": result.val_loss,
-                "val_bpb": result.val_bpb,
-            }
-            if ctx.is_main:
-                save_tensors(self.folder / "model.safetensors", dict(state.model.named_parameters()), meta)
-            ctx.barrier()
+        checkpoint = ctx.broadcast_object(str(self.checkpoint() or "") if ctx.is_main else None)
+        with self.stop.at_once() if checkpoint else contextlib.nullcontext():
+            raw = self.validate("raw")
+            with state.averaged_weights():
+                result = self.validate("ema") if cfg.ema_decay else raw
+                if cfg.ema_decay and result.val_bpb > raw.val_bpb + 0.02:
+                    ctx.log(
+                        f"warning: the EMA scores {result.val_bpb - raw.val_bpb:.3f} bpb worse than the raw weights: EMA_DECAY does not fit"
+                    )
+                meta = {
+                    "config": cfg.to_dict(),
+                    "looping": state.model.looping,
+                    "steps": state.step,
+                    "tokens": state.stream.position,
+                    "train_seconds": state.elapsed,
+                    "world_size": ctx.world_size,
+                    "device": torch.cuda.get_device_name() if ctx.device.type == "cuda" else "cpu",
+                    "torch": torch.__version__,
+                    **self.made_from,
+                    "val_loss": result.val_loss,
+                    "val_bpb": result.val_bpb,
+                }
+                self.save_model(meta, checkpoint)
         rate = state.stream.position / max(1e-9, state.elapsed)
         ctx.log(
             f"done: {state.step} steps, {state.elapsed:.1f}s, {_si(rate)} tok/s, val_bpb {result.val_bpb:.4f} -> {self.folder / 'model.safetensors'}"
         )
-        ctx.metric("done", tokens_per_second=rate, **{k: v for k, v in meta.items() if k != "config"})
+        ctx.metric("done", step=state.step, tokens_per_second=rate, **{k: v for k, v in meta.items() if k != "config"})
 
 
 def _si(value: float) -> str:
@@ -2812,15 +3153,56 @@ def new_run_id(environ_preset: str) -> str:
     return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
-def find_run(cfg: Config, ctx: RunContext) -> tuple[Path, bool]:
-    """The run's folder and whether the run is finished; refused if it holds a run that was not asked to go on. Rank 0 looks."""
-    folder = Path(cfg.runs_dir) / cfg.run_id
-    finished = (folder / "model.safetensors").is_file()
-    started = finished or (folder / "checkpoints").is_dir()
-    started, finished = ctx.broadcast_object((started, finished))
-    if started and not cfg.resume:
+# Settings of a machine rather than of a run: the ranks of several machines may have their own.
+MACHINE_SETTINGS = ("data_path", "tokenizer_path", "runs_dir")
+
+
+def resolve_run(environ: Mapping[str, str]) -> Config:
+    """`resolve_config` for training: a resumed run starts from its own settings, the environment on top."""
+    where = resolve_config({name: environ[name] for name in ("RESUME", "RUN_ID", "RUNS_DIR") if name in environ})
+    if not where.resume:
+        return resolve_config(environ)
+    if not where.run_id:
+        raise UserError("RESUME=1 needs RUN_ID: which run is to go on?")
+    base = run_settings(Path(where.runs_dir) / where.run_id)
+    return resolve_config(environ, base={**base, "resume": True, "run_id": where.run_id, "runs_dir": where.runs_dir} if base else None)
+
+
+def share_config(cfg: Config, ctx: RunContext) -> Config:
+    """Rank 0's settings on every rank, which keeps the paths of its own machine; a rank whose environment says otherwise is named."""
+    values, origins = ctx.broadcast_object((cfg.to_dict(), cfg.origins))
+    own = {name: value for name, value in cfg.to_dict().items() if cfg.origins.get(name, "default") not in ("default", "run")}
+    other = {name: value for name, value in own.items() if name not in MACHINE_SETTINGS and value != values[name]}
+    for rank, names in enumerate(ctx.gather_objects(other)):
+        for name, value in names.items():
+            ctx.log(f"warning: {name.upper()}={value} on rank {rank}, {values[name]} on rank 0: rank 0's setting holds everywhere")
+    local = {name: own[name] for name in MACHINE_SETTINGS if name in own}
+    return dataclasses.replace(Config.from_dict({**values, **local}), origins=origins)
+
+
+def take_folder(folder: Path, cfg: Config, ownership: contextlib.ExitStack) -> bool:
+    """Own the run's folder as long as `ownership` is open; whether a run is in it already, which is refused unless it is to go on."""
+    ownership.enter_context(run_lock(folder))
+    if (started := run_started(folder)) and not cfg.resume:
         raise UserError(f"{folder} already holds a run; RESUME=1 continues it, or choose another RUN_ID")
-    return folder, finished
+    return started
+
+
+def is_finished(folder: Path, cfg: Config) -> bool:
+    """Whether the run in `folder` has its result and nothing of its budget left. A model that is damaged is made again."""
+    if not (folder / "model.safetensors").is_file():
+        return False
+    checkpoints = list_checkpoints(folder)
+    try:
+        _, _, meta = load_run(folder)
+    except UserError:
+        if checkpoints:
+            return False
+        raise
+    done = training_progress(cfg, meta["steps"], meta["train_seconds"]) >= 1
+    if not done and not checkpoints:
+        raise UserError(f"{folder} is finished, and its last checkpoint is gone: it cannot be extended")
+    return done and not (checkpoints and checkpoints[0].stem > f"step_{meta['steps']:07d}")
 
 
 def banner(trainer: Trainer) -> None:
@@ -2858,10 +3240,13 @@ class SyntheticStream(TokenStream):
 
     def __init__(self, vocab_size: int, tokens: int):
         rng = np.random.default_rng(0)
-        shard = rng.integers(2, vocab_size, tokens, dtype=np.uint16)
-        shard[rng.random(tokens) < 1 / 800] = BOS_ID
-        self.paths, self.shards, self.starts = ["synthetic"], [shard], np.array([0, tokens])
+        self.tokens = rng.integers(2, vocab_size, tokens, dtype=np.uint16)
+        self.tokens[rng.random(tokens) < 1 / 800] = BOS_ID
+        self.paths, self.starts = ["synthetic"], np.array([0, tokens])
         self.vocab_size, self.position = vocab_size, 0
+
+    def piece(self, index: int, first: int, count: int) -> np.ndarray:
+        return self.tokens[first : first + count]
 
 
 class Benchmark(Trainer):
@@ -2983,7 +3368,7 @@ def main() -> int:
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
         return 0
-    cfg = resolve_config(os.environ)
+    cfg = resolve_run(os.environ)
     if "--print-config" in arguments:
         print("\n".join(config_lines(cfg)))
         return 0
@@ -3005,28 +3390,42 @@ def main() -> int:
         ctx.close()
         return 0
     try:
-        run_id = ctx.broadcast_object(cfg.run_id or new_run_id(os.environ.get("PRESET", "")))
-        cfg = dataclasses.replace(cfg, run_id=run_id)
-        folder, finished = find_run(cfg, ctx)
-        if finished:
-            ctx.log(f"{folder} is finished: nothing to resume")
+        return train(cfg, ctx)
+    except (UserError, OSError) as error:
+        ctx.note(f"error: {fault_line(error)}")
+        if isinstance(error, TrainingDiverged) and not ctx.is_main:
+            return 2  # every rank knows it; rank 0 says it
+        raise
+    finally:
+        ctx.close()
+
+
+def train(cfg: Config, ctx: RunContext) -> int:
+    """The run that the settings ask for, new or resumed, to its end. Returns the exit code."""
+    if not cfg.run_id:
+        cfg = dataclasses.replace(cfg, run_id=new_run_id(os.environ.get("PRESET", "")))
+    cfg = share_config(cfg, ctx)
+    folder = Path(cfg.runs_dir) / cfg.run_id
+    with contextlib.ExitStack() as ownership:
+        started = ctx.on_main(lambda: run_started(folder) and take_folder(folder, cfg, ownership))
+        if started and ctx.on_main(lambda: is_finished(folder, cfg)):
+            ctx.log(f"{folder} is finished: nothing to resume (more ITERATIONS or MAX_WALLCLOCK_SECONDS extend it)")
             return 0
         trainer = Trainer(cfg, ctx, folder)  # every fault of input that can be seen beforehand ends here, before a file is written
+        if not started:
+            ctx.on_main(lambda: take_folder(folder, cfg, ownership))
         ctx.open_logs(folder)
         for warning in near_misses(os.environ):
             ctx.log(f"warning: {warning}")
         banner(trainer)
-        if cfg.resume and not restore_checkpoint(trainer.state, cfg, folder, ctx):
-            ctx.log("resume: no checkpoint yet, starting from the beginning")
+        if cfg.resume and os.environ.get("PRESET") and started:
+            ctx.log(f"resume: PRESET={os.environ['PRESET']} is not read again: the run's own settings hold")
+        if cfg.resume and (path := restore_checkpoint(trainer.state, cfg, folder, ctx, trainer.made_from)):
+            if training_progress(cfg, trainer.state.step, trainer.state.elapsed) >= 1:  # only validating is left
+                trainer.saved = Saved(trainer.state.step, path)
         if ctx.is_main:
-            with atomic_write(folder / "config.json") as temporary:
-                temporary.write_text(json.dumps({"config": cfg.to_dict(), "origins": cfg.origins}, indent=1))
+            write_json(folder / "config.json", {"config": cfg.to_dict(), "origins": cfg.origins})
         return trainer.run()
-    except TrainingDiverged as error:
-        ctx.log(f"error: {error}")
-        raise
-    finally:
-        ctx.close()
 
 
 if __name__ == "__main__":

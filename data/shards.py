@@ -10,6 +10,7 @@ Needs numpy; sentencepiece and torch are imported where a tokenizer is loaded an
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from dataclasses import dataclass
@@ -102,6 +103,52 @@ def load_manifest(data_path: str | Path) -> dict | None:
         return manifest if all(isinstance(count, int) for count in counts) and isinstance(manifest["splits"]["train"], dict) else None
     except (KeyError, TypeError):
         return None
+
+
+SAMPLED_BLOCKS, SAMPLED_BYTES = 16, 1 << 14
+
+
+def split_digest(data_path: str | Path, split: str) -> str:
+    """SHA-256 that names a split's content, whatever its folder is called: what a checkpoint, a model and a score were made from.
+
+    Validation shards are hashed whole. Of a training shard (gigabytes in all) its length and blocks spread evenly over it count, its ends
+    included: enough to tell other data, another order or a repacked shard. Where a manifest lies beside the shards it must agree: on the number
+    of tokens of each shard, on validation shards' own hashes too. Raises UserError naming the shard that does not.
+    """
+    manifest = load_manifest(data_path)
+    entries = manifest["splits"][split].get("shards") if manifest else None
+    known = {e["file"]: e for e in entries if isinstance(e, dict) and "file" in e} if isinstance(entries, list) else {}
+    digest = hashlib.sha256()
+    for path in list_shards(data_path, split):
+        tokens, entry = len(load_shard(path)), known.get(path.name, {})
+        if entry.get("tokens", tokens) != tokens:
+            raise UserError(f"{path} holds {tokens:,} tokens, but manifest.json beside it says {entry['tokens']}: they are of two builds")
+        if split == "val":
+            whole = sha256_file(path)
+            if entry.get("sha256", whole) != whole:
+                raise UserError(f"{path} is not the file that manifest.json beside it describes: their SHA-256 differ")
+            digest.update(bytes.fromhex(whole))
+            continue
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(max(0, size - SAMPLED_BYTES) * block // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def check_tokenizer(data_path: str | Path, tokenizer_path: str | Path) -> str:
+    """The tokenizer's hash; refused if the manifest beside the shards says that another one wrote them, be it of the same size."""
+    digest, manifest = tokenizer_hash(tokenizer_path), load_manifest(data_path) or {}
+    entry = manifest.get("tokenizer")
+    wrote = entry.get("sha256", digest) if isinstance(entry, dict) else digest
+    if wrote != digest:
+        raise UserError(
+            f"TOKENIZER_PATH={tokenizer_path} (SHA-256 {digest[:12]}…) did not write the shards in DATA_PATH={data_path}: "
+            f"their manifest.json names a tokenizer with {str(wrote)[:12]}…"
+        )
+    return digest
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import load_tokenizer, tokenizer_hash
+from data import shards
+from data.shards import load_tokenizer
 from parts import packing
 from parts.files import UserError
 from parts.packing import Record
@@ -112,7 +113,7 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu", check_to
         raise UserError(f"{path}: damaged: {error}") from None
     if check_tokenizer:
         load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-        if tokenizer_hash(cfg.tokenizer_path) != meta.get("tokenizer_sha256"):
+        if shards.check_tokenizer(cfg.data_path, cfg.tokenizer_path) != meta.get("tokenizer_sha256"):
             raise UserError(f"{path} was made with another tokenizer than TOKENIZER_PATH={cfg.tokenizer_path}")
     model = build_model(cfg, device)
     load_weights(model, weights)

@@ -23,6 +23,11 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def fault_line(error: UserError | OSError) -> str:
+    """A fault as one line; the system's with the file that it is about."""
+    return one_line(error if isinstance(error, UserError) else f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
+
+
 def cli(main: Callable[[], int | None]) -> None:
     """Run a command's main(), then exit: a `UserError` or `OSError` becomes one clear line on stderr and exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
@@ -32,8 +37,7 @@ def cli(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        text = str(error) if isinstance(error, UserError) else f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
-        print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
+        print(f"error: {fault_line(error)}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:  # training handles the signal itself and saves; elsewhere nothing is half-written
         print("error: interrupted", file=sys.stderr, flush=True)
@@ -57,6 +61,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk says only what, not where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

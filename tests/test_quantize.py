@@ -17,6 +17,7 @@ from test_packing import reseal
 
 import quantize as Q
 import train_gpt
+from data import shards
 from data.shards import BOS_ID
 from parts import code, packing
 from parts.artifact import load_artifact, restore_weights
@@ -317,7 +318,7 @@ def save_run(folder: Path, name: str, cfg: Config, spoil=lambda weights: None) -
     spoil(weights)
     meta = {
         "config": cfg.to_dict(), "looping": bool(cfg.num_loops), "steps": 1, "tokens": 1, "train_seconds": 10.0, "world_size": 1,
-        "device": "cpu", "torch": torch.__version__, "tokenizer_sha256": train_gpt.tokenizer_hash(cfg.tokenizer_path),
+        "device": "cpu", "torch": torch.__version__, "tokenizer_sha256": shards.tokenizer_hash(cfg.tokenizer_path),
     }  # fmt: skip
     (folder / name).mkdir()
     train_gpt.save_tensors(folder / name / "model.safetensors", weights, meta)

@@ -1,17 +1,25 @@
 """Training as a user runs it: resume to the bit, signals, ranks, faults; every preset at small width."""
 
+import calendar
+import contextlib
+import errno
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, clean_environment
 
 import train_gpt as T
+from parts.runs import read_metrics
 
 
 @pytest.fixture
@@ -54,7 +62,17 @@ def events(folder, kind):
 def test_a_run_leaves_what_it_promises(train):
     folder, code = train(RUN_ID="whole", ITERATIONS=30)
     assert code == 0
-    assert {path.name for path in folder.iterdir()} == {"train.log", "metrics.jsonl", "config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "train.log",
+        "metrics.jsonl",
+        "config.json",
+        "model.safetensors",
+        "checkpoints",
+        ".lock",
+    }
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o666 & ~umask}
     losses = [event["train_loss"] for event in events(folder, "train")]
     assert losses[-1] < losses[0] - 0.5
     settings, tensors, meta = T.load_run(folder)
@@ -75,7 +93,7 @@ def test_stopping_and_resuming_changes_nothing(train, monkeypatch):
     noise = {"QAT_LAST_FRAC": 0.8, "QAT_MODE": "noise", "QAT_NOISE_SCALE": 1}  # draws random numbers at every step
     whole, _ = train(RUN_ID="whole", **looping, **noise)
 
-    class Killed(Exception):
+    class Killed(BaseException):  # no fault that could be answered by saving
         pass
 
     step = T.Trainer.run_step
@@ -95,35 +113,324 @@ def test_stopping_and_resuming_changes_nothing(train, monkeypatch):
     train(RUN_ID="broken", RESUME=1, CHECKPOINT_EVERY=3, **looping, **noise)
     assert_same_weights(weights(whole), weights(folder))
     assert T.load_run(folder)[2]["tokens"] == T.load_run(whole)[2]["tokens"]
-    assert len(list((folder / "checkpoints").iterdir())) == 2, "the last two are kept"
     assert "step:5 8 sequences of 64 tokens a step" in (whole / "train.log").read_text()
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert kept == ["step_0000009.safetensors", "step_0000012.safetensors"], "the last two are kept, the finished state among them"
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, monkeypatch):
-    whole, _ = train(RUN_ID="whole")
-    monkeypatch.setattr(T.Trainer, "finish", lambda self: None)
-    folder, _ = train(RUN_ID="broken", CHECKPOINT_EVERY=4)
-    monkeypatch.undo()
-    last = folder / "checkpoints" / "step_0000008.safetensors"
-    last.write_bytes(last.read_bytes()[:-1000])
+@pytest.fixture
+def interrupted(train, monkeypatch):
+    """interrupted(RUN_ID=…, STEPS=8) is a run that was killed after so many steps, by default with the checkpoints of steps 4 and 8."""
+
+    def run(steps=8, **settings):
+        class Killed(BaseException):
+            pass
+
+        step = T.Trainer.run_step
+
+        def dying_step(trainer, progress):
+            if trainer.state.step == steps:
+                raise Killed
+            return step(trainer, progress)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(T.Trainer, "run_step", dying_step)
+            train(**{"CHECKPOINT_EVERY": 4, **settings})
+        return train.folder(settings["RUN_ID"])
+
+    return run
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1001] ^= 0x20
+    path.write_bytes(data)
+
+
+def rename_a_tensor(path):
+    path.write_bytes(path.read_bytes().replace(b"model/tok_emb", b"model/tnk_emb", 1))
+
+
+def of_another_model(path):
+    tensors, meta = T.load_tensors(path)
+    T.save_tensors(path, {name: tensor for name, tensor in tensors.items() if "tok_emb" not in name}, meta)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, rename_a_tensor, of_another_model])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, interrupted, damage):
+    folder = interrupted(RUN_ID="broken")
+    damage(folder / "checkpoints" / "step_0000008.safetensors")
     train(RUN_ID="broken", RESUME=1)
+    log = (folder / "train.log").read_text()
+    assert "it is kept as step_0000008.damaged" in log
+    assert "continuing from step_0000004.safetensors, the one before step_0000008" in log
+    assert "resume: step 4" in log and T.load_run(folder)[2]["steps"] == 12
+    resumed = [event["step"] for event in read_metrics(folder) if event["event"] == "resume"]
+    assert resumed == [4], "the metrics say where valid history continues"
+
+
+def test_a_model_damaged_by_a_bit_is_refused_and_made_again(train):
+    folder, _ = train(RUN_ID="run", ITERATIONS=3)
+    before = weights(folder)
+    flip(folder / "model.safetensors")
+    with pytest.raises(T.UserError, match=r"model\.safetensors is damaged"):
+        T.load_run(folder)
+    train(RUN_ID="run", RESUME=1, ITERATIONS=3)
+    assert_same_weights(before, weights(folder))
+
+
+def test_a_run_is_resumed_with_its_own_settings(train, interrupted, monkeypatch):
+    """RESUME=1 RUN_ID=x is enough, and gives what the unbroken run gives."""
+    ablation = {"MUON_WD": 0.7, "SCALAR_LR": 0.001, "LAYER_PATTERN": "GTA"}
+    whole, _ = train(RUN_ID="whole", **ablation)
+    folder = interrupted(RUN_ID="broken", **ablation)
+    environment = clean_environment(RESUME=1, RUN_ID="broken", RUNS_DIR=folder.parent, PRESET="demo")
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
+    with monkeypatch.context() as patch:
+        for name in list(os.environ):
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert T.main() == 0
     assert_same_weights(weights(whole), weights(folder))
-    assert "trying the one before" in (folder / "train.log").read_text()
+    assert "PRESET=demo is not read again" in (folder / "train.log").read_text()
 
 
-def test_resume_refuses_another_model_and_other_data(train):
-    train(RUN_ID="run", CHECKPOINT_EVERY=4)
-    folder = train.folder("run")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(T.UserError, match=r"MLP_MULT=3\.0, but the checkpoint was trained with 2\.0"):
+def test_resume_refuses_what_would_change_the_run(train, interrupted):
+    folder = interrupted(RUN_ID="run")
+    with pytest.raises(T.UserError, match=r"MLP_MULT=3 contradicts the trained model, whose value is 2\.0"):
         train(RUN_ID="run", RESUME=1, MLP_MULT=3)
+    with pytest.raises(T.UserError, match=r"MATRIX_LR=0\.1, but the run began with 0\.04; unset it"):
+        train(RUN_ID="run", RESUME=1, MATRIX_LR=0.1)
+    with pytest.raises(T.UserError, match="SEED=7, but the run began with 1337"):
+        train(RUN_ID="run", RESUME=1, SEED=7)
     with pytest.raises(T.UserError, match="already holds a run"):
         train(RUN_ID="run")
+    with pytest.raises(T.UserError, match="RESUME=1 needs RUN_ID"):
+        train(RUN_ID="", RESUME=1)
+    train(RUN_ID="run", RESUME=1, VAL_LOSS_EVERY=5)
+    assert "resume: VAL_LOSS_EVERY changes from 0 to 5" in (folder / "train.log").read_text()
 
 
-def test_unreadable_checkpoints_are_kept_and_named(train, monkeypatch):
-    monkeypatch.setattr(T.Trainer, "finish", lambda self: None)
-    folder, _ = train(RUN_ID="run", CHECKPOINT_EVERY=4)
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_folder(train, interrupted):
+    folder = interrupted(steps=2, RUN_ID="early", MATRIX_LR=0.01)
+    with pytest.raises(T.UserError, match="already holds a run"):
+        train(RUN_ID="early", MATRIX_LR=0.02)
+    train(RUN_ID="early", RESUME=1)
+    assert T.load_run(folder)[0]["matrix_lr"] == 0.01
+    assert [event["step"] for event in read_metrics(folder) if event["event"] == "train"][:2] == [1, 2], "no step twice"
+
+
+def test_resume_refuses_other_data(train, interrupted, dataset, tmp_path):
+    """The same number of tokens, another order."""
+    interrupted(RUN_ID="run")
+    other = shutil.copytree(dataset.path, tmp_path / "other")
+    shard = other / "fineweb_train_000000.bin"
+    data = np.fromfile(shard, "<u2")
+    data[512:] = np.random.default_rng(0).permutation(data[512:])
+    data.tofile(shard)
+    with pytest.raises(T.UserError, match=r"the training data of this run, SHA-256 .*, is not that of step_0000008\.safetensors"):
+        train(RUN_ID="run", RESUME=1, DATA_PATH=other)
+
+
+def test_a_tokenizer_of_another_dataset_is_refused(train, dataset, tmp_path):
+    """Of the same size: nothing but the manifest can tell."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_bytes(Path(calendar.__file__).read_bytes())
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "other"), vocab_size=512, model_type="bpe", byte_fallback=True, bos_id=1, eos_id=2,
+        unk_id=0, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    assert T.load_tokenizer(tmp_path / "other.model", 512)
+    with pytest.raises(T.UserError, match=r"did not write the shards in DATA_PATH=.*: their manifest\.json names a tokenizer with"):
+        train(RUN_ID="run", TOKENIZER_PATH=tmp_path / "other.model")
+    assert not train.folder("run").exists()
+
+
+def test_a_finished_run_can_be_extended(train):
+    folder, _ = train(RUN_ID="run")
+    train(RUN_ID="run", RESUME=1, ITERATIONS=16)
+    meta, log = T.load_run(folder)[2], (folder / "train.log").read_text()
+    assert meta["steps"] == 16 and meta["tokens"] == 16 * 512
+    assert "resume: ITERATIONS changes from 12 to 16" in log
+    assert "it is extended, and its schedules go back from 100% to 75.0% of the budget" in log
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(T.UserError, match="its last checkpoint is gone: it cannot be extended"):
+        train(RUN_ID="run", RESUME=1, ITERATIONS=20)
+
+
+@pytest.mark.parametrize("fault", [MemoryError, signal.SIGTERM])
+def test_the_finished_weights_outlive_their_validation(train, monkeypatch, fault):
+    whole, _ = train(RUN_ID="whole", ITERATIONS=4)
+
+    def failing(*_):
+        if isinstance(fault, signal.Signals):
+            signal.raise_signal(fault)
+        raise MemoryError("no memory for the validation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(T, "evaluate", failing)
+        with contextlib.suppress(MemoryError):
+            folder, code = train(RUN_ID="broken", ITERATIONS=4)
+            assert code == 128 + signal.SIGTERM
+            assert "stopped by SIGTERM in the final validation" in (folder / "train.log").read_text()
+    folder, _ = train(RUN_ID="broken", RESUME=1, ITERATIONS=4)
+    assert_same_weights(weights(whole), weights(folder))
+    assert len([e for e in read_metrics(folder) if e["event"] == "train" and e["step"] == 4]) == 1, "not trained again"
+
+
+@pytest.mark.parametrize("settings", [{}, {"QAT_LAST_FRAC": 1, "QAT_MODE": "noise", "QAT_NOISE_SCALE": 1}])
+def test_a_stop_between_micro_batches_undoes_the_step(train, monkeypatch, settings):
+    """The signal is seen inside a step of four micro-batches; the resumed run is the unbroken one, to the bit."""
+    whole, _ = train(RUN_ID="whole", MICRO_BATCH_TOKENS=128, **settings)
+    sequences, calls = T.TokenStream.sequences, []
+
+    def interrupting(stream, *arguments):
+        calls.append(None)
+        if len(calls) == 4 * 6 + 2:
+            signal.raise_signal(signal.SIGTERM)
+        return sequences(stream, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(T.TokenStream, "sequences", interrupting)
+        folder, code = train(RUN_ID="broken", MICRO_BATCH_TOKENS=128, **settings)
+    assert code == 128 + signal.SIGTERM and len(calls) == 4 * 6 + 2, "no micro-batch more"
+    assert "stopped by SIGTERM at step 6" in (folder / "train.log").read_text()
+    train(RUN_ID="broken", RESUME=1)
+    assert_same_weights(weights(whole), weights(folder))
+
+
+def test_a_step_that_fails_leaves_the_state_before_it(train, dataset, tmp_path):
+    """A training shard is cut short under the run: one line, and nothing of the run is lost."""
+    whole, _ = train(RUN_ID="whole", TRAIN_BATCH_TOKENS=2048)
+    data = shutil.copytree(dataset.path, tmp_path / "data")
+    step = T.Trainer.run_step
+
+    def cutting(trainer, progress):
+        if trainer.state.step == 5:
+            os.truncate(data / "fineweb_train_000000.bin", 1024 + 2 * 2048 * 5 + 100)
+        return step(trainer, progress)
+
+    with mock.patch.object(T.Trainer, "run_step", cutting):
+        with pytest.raises(T.UserError, match=r"fineweb_train_000000\.bin was cut short while it was read"):
+            train(RUN_ID="broken", TRAIN_BATCH_TOKENS=2048, DATA_PATH=data)
+    log = (train.folder("broken") / "train.log").read_text()
+    assert "step 6 failed: saved" in log and "was cut short" in log
+    train(RUN_ID="broken", RESUME=1, TRAIN_BATCH_TOKENS=2048)
+    assert_same_weights(weights(whole), weights(train.folder("broken")))
+
+
+def test_a_full_disk_costs_checkpoints_not_the_run(train, monkeypatch):
+    whole, _ = train(RUN_ID="whole")
+    save, tried = T.save_tensors, []
+
+    def full(path, tensors, meta):
+        tried.append(path.name)
+        if len(tried) in (1, 2, 5, 6, 7):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, tensors, meta)
+
+    monkeypatch.setattr(T, "save_tensors", full)
+    monkeypatch.setattr(T, "RETRY_SECONDS", 0.0)
+    folder, code = train(RUN_ID="full", CHECKPOINT_EVERY=4)
+    # Refused at 4, tried again at 5 and 6; written at 8; at 12 refused even with the older one gone; then the model is waited for.
+    steps = [f"step_{n:07d}.safetensors" for n in (4, 5, 6, 8, 12, 12)]
+    names = [*steps, "model.safetensors", "model.safetensors"]
+    assert code == 0 and tried == names
+    assert_same_weights(weights(whole), weights(folder))
+    log = (folder / "train.log").read_text()
+    assert log.count("warning: no checkpoint at step") == 3 and "No space left on device; the run goes on, and tries again" in log
+    assert "the finished weights are in memory only" in log
+
+
+def test_the_last_but_one_checkpoint_makes_room(train, monkeypatch):
+    save, full = T.save_tensors, []
+
+    def crowded(path, tensors, meta):
+        if path.name == "step_0000009.safetensors" and len(list(path.parent.iterdir())) == 2:
+            full.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, tensors, meta)
+
+    monkeypatch.setattr(T, "save_tensors", crowded)
+    folder, _ = train(RUN_ID="run", CHECKPOINT_EVERY=3)
+    assert full and {path.name for path in (folder / "checkpoints").iterdir()} == {"step_0000009.safetensors", "step_0000012.safetensors"}
+
+
+def test_checkpoints_are_written_by_time_too(train):
+    folder, _ = train(RUN_ID="run", CHECKPOINT_EVERY=0, CHECKPOINT_SECONDS=1e-6, ITERATIONS=5)
+    written = [line for line in (folder / "train.log").read_text().splitlines() if " checkpoint " in line]
+    assert [line.split()[0] for line in written] == [f"step:{n}" for n in (1, 2, 3, 4)]
+
+
+def test_a_validation_moves_no_random_state(train):
+    """QAT's noise is drawn in the forward: were a validation's draws training's, how often one looks would change the weights."""
+    noise = {"QAT_LAST_FRAC": 1, "QAT_MODE": "noise", "QAT_NOISE_SCALE": 1, "ITERATIONS": 6}
+    never, _ = train(RUN_ID="never", VAL_LOSS_EVERY=0, **noise)
+    often, _ = train(RUN_ID="often", VAL_LOSS_EVERY=2, **noise)
+    assert_same_weights(weights(never), weights(often))
+
+
+def test_a_reader_that_leaves_stops_the_run_with_a_checkpoint(dataset, tmp_path):
+    """`python train_gpt.py | head` ends as by SIGPIPE, and nothing is lost."""
+    settings = {**dataset.settings, "RUNS_DIR": tmp_path / "runs", "DEVICE": "cpu", "RUN_ID": "piped", "ITERATIONS": 100000}
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    environment = clean_environment(**settings, TRAIN_LOG_EVERY=1)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step:3/"):
+            break
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE, process.stderr.read()
+    assert "stopped by SIGPIPE" in (tmp_path / "runs" / "piped" / "train.log").read_text()
+    assert list((tmp_path / "runs" / "piped" / "checkpoints").iterdir())
+
+
+def test_ranks_run_the_settings_of_rank_zero(tmp_path):
+    """Another environment on another node changes nothing and is named; another machine's paths are its own."""
+
+    class Ranks:
+        rank, world_size, is_main, lines = 1, 2, False, []
+
+        def broadcast_object(self, value):
+            return zero.to_dict(), zero.origins
+
+        def gather_objects(self, value):
+            return [{}, value]
+
+        def log(self, line):
+            self.lines.append(line)
+
+    zero = T.resolve_config({"MATRIX_LR": "0.03", "DATA_PATH": "/zero", "RUN_ID": "a"})
+    one = T.resolve_config({"MATRIX_LR": "0.001", "SEED": "9", "DATA_PATH": "/one"})
+    cfg, ranks = T.share_config(one, Ranks()), Ranks()
+    assert {**cfg.to_dict(), "data_path": "/zero"} == zero.to_dict() and cfg.to_dict()["data_path"] == "/one"
+    assert ranks.lines == [
+        "warning: SEED=9 on rank 1, 1337 on rank 0: rank 0's setting holds everywhere",
+        "warning: MATRIX_LR=0.001 on rank 1, 0.03 on rank 0: rank 0's setting holds everywhere",
+    ]
+
+
+def test_ranks_that_would_train_something_else_are_refused(train, monkeypatch):
+    def gather(ctx, value):
+        return [value, {**value, "the training data": "0" * 64}]
+
+    folder, _ = train(RUN_ID="alone", ITERATIONS=1)
+    monkeypatch.setattr(T.RunContext, "gather_objects", gather)
+    cfg = T.Config.from_dict(T.load_run(folder)[0])
+    trainer = T.Trainer(cfg, T.RunContext(), folder)
+    trainer.ctx.world_size = 2
+    with pytest.raises(T.UserError, match=r"the training data of rank 1 \(000000000000…\) differs from rank 0's"):
+        trainer.check_same_run()
+
+
+def test_unreadable_checkpoints_are_kept_and_named(train, interrupted):
+    folder = interrupted(RUN_ID="run")
     for path in (folder / "checkpoints").iterdir():
         path.write_bytes(b"junk")
     with pytest.raises(T.UserError, match=r"no checkpoint in .* can be read"):
@@ -182,7 +489,6 @@ def test_two_processes_train_to_the_weights_of_one(launch, train, ranks):
 def test_only_rank_zero_needs_the_checkpoint(launch, train):
     """Ranks may have disks of their own: rank 0 reads, the others receive, and the result is that of the unbroken run."""
     one, _ = train(RUN_ID="one", MICRO_BATCH_TOKENS=128)
-    import os
     import socket
 
     with socket.socket() as probe:
@@ -206,7 +512,7 @@ def test_only_rank_zero_needs_the_checkpoint(launch, train):
     assert_same_weights(weights(one), weights(launch.runs / "node0" / "run"), exact=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_and_exit(dataset, tmp_path, train, number):
     settings = {
         **dataset.settings,
@@ -226,6 +532,7 @@ def test_signals_save_and_exit(dataset, tmp_path, train, number):
     for line in process.stdout:
         if line.startswith("step:3/"):
             process.send_signal(number)
+            process.send_signal(number)  # twice, as a launcher and its process group get it
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
@@ -300,7 +607,6 @@ SMALL_WIDTH = {
 
 @pytest.mark.parametrize("preset", ["gdn_hybrid", "gdn3_fa8", "legal_ttt", "token_shift", "ngram_hedge", "base"])
 def test_every_preset_trains_at_small_width(train, dataset, preset):
-    began = time.perf_counter()
     bigram = {"BIGRAM_VOCAB_SIZE": 64} if T.resolve_config({"PRESET": preset}).bigram_vocab_size else {}
     folder, _ = train(RUN_ID=preset, PRESET=preset, **{**SMALL_WIDTH, **bigram})
     losses = [event["train_loss"] for event in events(folder, "train")]
@@ -308,7 +614,6 @@ def test_every_preset_trains_at_small_width(train, dataset, preset):
     assert losses[-1] < losses[0] - 0.4, losses
     meta = T.load_run(folder)[2]
     assert meta["looping"] == bool(T.resolve_config({"PRESET": preset}).num_loops), "recurrence is on at the end and remembered"
-    assert time.perf_counter() - began < 120
 
 
 def test_the_benchmark_runs_any_preset_without_data(tmp_path, monkeypatch, capsys):
