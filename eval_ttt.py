@@ -3,10 +3,12 @@
     python eval_ttt.py runs/<RUN_ID>/artifact.bin                        one device
     torchrun --standalone --nproc_per_node=8 eval_ttt.py ARTIFACT        any number of ranks, the same result
     TTT_LR=0.01 TTT_PARAMS=mlp python eval_ttt.py ARTIFACT               every setting is an environment variable
-    EXPERTS=tilt,ngram python eval_ttt.py ARTIFACT --audit               with experts, checked against the four conditions
+    EXPERTS=tilt,ngram python eval_ttt.py ARTIFACT --audit               with experts, checked against the four conditions (parts/audit.py)
+    python eval_ttt.py ARTIFACT --referee RAW.jsonl [--cuts N]           judged on raw text that it never sees ahead (parts/REFEREE.md)
+    python eval_ttt.py ARTIFACT --serve                                  the judged side: a text through stdin, piece by piece
 
-Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json beside the artifact. Exit code
-0; 2 for a fault of input; 1 if the audit fails.
+Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json (--referee: referee.json) beside the
+artifact. Exit code 0, also of an audit that is incomplete; 2 for a fault of input; 1 if the audit or the referee finds against the score.
 
 The text is read once from left to right, in chunks. A chunk is scored whole, by sliding windows, with the weights as they are; only
 then do the weights train on it, and the next chunk is scored with the result. Experts (experts.py) do the same in smaller
@@ -22,25 +24,30 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import socket
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from data.shards import BOS_ID, ByteTable, load_manifest, load_tokenizer
+from data.shards import BOS_ID, ByteTable, list_shards, load_manifest, load_shard, load_tokenizer, split_digest, tokenizer_hash
 from parts import audit as auditing
 from parts import packing
 from parts.artifact import Artifact, load_artifact
 from parts.audit import Ledger, Trace
-from parts.code import code_bytes
+from parts.code import code_bytes, code_script
 from parts.experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
 from parts.files import UserError, atomic_write, cli
+from parts.replica import Replica, Sandbox, serve
 from train_gpt import (
     GPT,
     SIZE_LIMIT_BYTES,
@@ -312,20 +319,18 @@ class TestTimeTrainer:
 
 
 class FewShapes:
-    """A forward that a compiler sees in few shapes: windows are padded to whole batches, scored tails to the stride or the window.
+    """A forward that sees few shapes: windows are padded to whole batches, scored tails to the stride or the window.
 
-    Every new shape costs a compilation of many seconds; a repeated window costs nothing beside it. Uncompiled, it changes nothing.
+    A compiler takes many seconds for every new shape. And a matrix product's last bits depend on its shape: with the shapes fixed, a
+    target's distribution is the same to the bit whether the tokens after it are there or not, which is what a blind replica shows.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], batch: int, stride: int, length: int, active: bool):
-        self.forward, self.batch, self.stride, self.length, self.active = forward, batch, stride, length, active
+    def __init__(self, forward: Callable[..., Tensor], batch: int, stride: int, length: int):
+        self.forward, self.batch, self.stride, self.length = forward, batch, stride, length
 
     def __call__(self, inputs: Tensor, targets: Tensor | None = None, *, reduction: str = "none", score_last: int = 0) -> Tensor:
-        if not self.active:
-            return self.forward(inputs, targets, reduction=reduction, score_last=score_last)
         rows, last = inputs.size(0), score_last or inputs.size(1)
-        fill = (self.batch * self.length // inputs.size(1) if rows > 1 else 1) - rows
-        if fill > 0:
+        if (fill := self.batch * self.length // inputs.size(1) - rows) > 0:
             inputs = torch.cat((inputs, inputs[-1:].expand(fill, -1)))
             targets = None if targets is None else torch.cat((targets, targets[-1:].expand(fill, -1)))
         wide = min(self.stride, inputs.size(1)) if last <= self.stride else inputs.size(1)
@@ -349,7 +354,7 @@ class EvaluationTrace(Trace):
 
 
 class ScoreFirstEvaluator:
-    """Sliding windows + TTT + experts over one token stream. An `audit.Evaluator`: `run` may be called again and starts afresh.
+    """Sliding windows + TTT + experts over one token stream. Every `session` (and `run`, which is one) starts afresh.
 
     The order of a run, which is all that makes it valid: for each chunk, in order: score it; in blocks, if there are experts, each block
     counted only once it is scored; then train on it. Every score and every use is written to the ledger where it happens.
@@ -365,7 +370,8 @@ class ScoreFirstEvaluator:
             if isinstance(module, Linear):
                 module.fake_quantize = None  # the artifact's weights are the quantized ones: QAT's imitation has nothing left to do
         forward = maybe_compile(model)
-        self.forward = FewShapes(forward, self.batch, cfg.eval_stride, self.seq_len, active=forward is not model)
+        self.compiled = forward is not model
+        self.forward = FewShapes(forward, self.batch, cfg.eval_stride, self.seq_len)
         self.trainer = None
         if cfg.ttt_enabled:
             self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, cfg.ttt_seq_len or self.seq_len)
@@ -376,68 +382,170 @@ class ScoreFirstEvaluator:
     @torch.no_grad()
     def sliding(self, tokens: Tensor):
         """The plain pass with the artifact's weights: train_gpt.evaluate."""
+        if self.trainer:
+            self.trainer.reset()
         return evaluate(self.forward, tokens, self.byte_table, self.cfg, self.ctx, self.seq_len, self.cfg.eval_stride)
 
-    def compile(self, tokens: Tensor, sample: Iterable[int] = ()) -> float:
-        """Have every graph of an evaluation compiled on the text's first windows, so that the rates reported are the evaluation's own; returns
-        the seconds it took. Nothing of it stays: `run` starts afresh, and the training step it takes is of length zero."""
-        if not self.forward.active:
+    def compile(self, targets: int, full: bool = False) -> float:
+        """Have every graph of an evaluation of `targets` targets compiled, so that the rates reported are the evaluation's own; returns the
+        seconds it took. On made-up tokens: what is evaluated is not seen before it is scored."""
+        if not self.compiled:
             return 0.0
         began = time.perf_counter()
-        first = tokens[: self.seq_len + (self.batch + 1) * self.cfg.eval_stride * self.ctx.world_size + 1]
-        self.sliding(first)
-        self.run(first, sample=sample)
+        size = min(targets, self.seq_len + (self.batch + 1) * self.cfg.eval_stride * self.ctx.world_size) + 1
+        made_up = torch.randint(2, self.cfg.vocab_size, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        self.sliding(made_up)
+        self.run(made_up, full)
         if self.trainer:
-            self.trainer.learn(first.to(self.ctx.device), Chunk(0, len(first) - 1), 0.0)
+            self.trainer.learn(made_up.to(self.ctx.device), Chunk(0, size - 1), 0.0)
             self.trainer.reset()
         return time.perf_counter() - began
 
-    def run(self, tokens: Tensor, stop: int = 0, sample: Iterable[int] = (), report: Callable[..., None] | None = None) -> EvaluationTrace:
-        """Evaluate. `stop` ends the run early, once the targets before it are scored; plans and schedules stay those of the whole text.
-        `sample`: positions whose full distribution is kept. `report(chunk number, of, trace, target reached)` after each chunk."""
-        cfg, targets = self.cfg, len(tokens) - 1
-        if targets < 1:
+    def session(self, targets: int, full: bool = True, report: Callable[..., None] | None = None) -> Session:
+        return Session(self, targets, full, report)
+
+    def run(self, tokens: Tensor, full: bool = False, report: Callable[..., None] | None = None) -> EvaluationTrace:
+        """Evaluate. full: by way of whole distributions, as a session does, to the bit; otherwise only where experts need them.
+        `report(chunk number, of, trace, target reached)` after each chunk."""
+        if len(tokens) < 2:
             raise UserError("the validation split has fewer than two tokens: nothing to score")
-        pass_ = _Pass(self, tokens, set(sample))
-        chunks = plan_chunks(tokens, cfg)
-        if self.trainer:
-            self.trainer.reset()
-        for number, chunk in enumerate(chunks):
-            if chunk.fresh and self.trainer:
-                self.trainer.reset()
-            with pass_.clock("scoring"), self.trainer.scoring_weights() if self.trainer else contextlib.nullcontext():
-                finished = pass_.score(chunk, stop)
-            pass_.trace.chunks.append(pass_.trace.ledger.nll[chunk.start : chunk.end].mean().item())
-            if report:
-                report(number, len(chunks), pass_.trace, chunk.end)
-            if not finished or (stop and chunk.end >= stop):
-                break
-            following = chunks[number + 1] if number + 1 < len(chunks) else None
-            if self.trainer and cfg.ttt_epochs and following and not following.fresh:  # else nothing would be scored with it
-                pass_.trace.ledger.use(slice(chunk.start, chunk.end), "training")
-                with pass_.clock("training"):
-                    self.trainer.learn(pass_.tokens, chunk, chunk_lr(cfg, number, len(chunks)))
-        return pass_.close()
+        session = Session(self, len(tokens) - 1, full, report)
+        session.feed(tokens)
+        session.catch_up(session.targets)
+        return session.close()
 
 
-class _Pass:
-    """One run's state: stream on the device, windows, experts, ledger."""
+class Session:
+    """One evaluation of a text of `targets` targets whose tokens become known from left to right: `feed` them, and `rows` gives the
+    distributions of targets whose past is known. What lies ahead is blank here; it is scored, counted and learned from when it has come.
 
-    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: Tensor, sample: set[int]):
+    The text is worked off block by block (EXPERT_BLOCK_TOKENS; without experts: what one forward scores), counted from a chunk's start,
+    whatever the number of ranks and however the tokens come: the result depends on neither.
+    """
+
+    def __init__(self, evaluator: ScoreFirstEvaluator, targets: int, full: bool, report: Callable[..., None] | None = None):
         cfg, ctx = evaluator.cfg, evaluator.ctx
-        self.evaluator, self.cfg, self.ctx, self.sample = evaluator, cfg, ctx, sample
-        self.tokens = tokens.to(ctx.device)
-        self.targets = len(tokens) - 1
-        self.windows = plan_windows(self.targets, evaluator.seq_len, cfg.eval_stride)
+        self.evaluator, self.cfg, self.ctx, self.targets, self.full, self.report = evaluator, cfg, ctx, targets, full, report
+        self.tokens = torch.zeros(targets + 1, dtype=torch.int32, device=ctx.device)  # blank beyond `known`; blank is no BOS
+        self.known = 0
+        self.windows = plan_windows(targets, evaluator.seq_len, cfg.eval_stride)
         self.begins = [window.score_from for window in self.windows]
-        self.trace = EvaluationTrace(Ledger(self.targets), bytes_scored=0)
+        self.trace = EvaluationTrace(Ledger(targets), bytes_scored=0)
         # The mixture without experts is the model itself: that path also serves to show full distributions.
         self.mixture = self.invalid = None
-        if evaluator.expert_config.names or sample or cfg.invalid_cache:
+        if evaluator.expert_config.names or full or cfg.invalid_cache:
             self.mixture = ExpertMixture(evaluator.expert_config, cfg.vocab_size, ctx.device)
             self.sums = torch.zeros(len(self.mixture.series), dtype=torch.float64, device=ctx.device)
         if cfg.invalid_cache:
             self.invalid = InvalidClaims(cfg, ctx)
+        self.stretch = evaluator.batch * cfg.eval_stride * ctx.world_size  # targets whose windows fill every rank's batch
+        self.block = cfg.expert_block_tokens if self.mixture else self.stretch
+        self.chunks = plan_chunks(self.tokens, cfg)
+        self.number = 0  # of the chunk at hand
+        self.done = 0  # targets before it are scored and counted; a block begins here
+        self.ahead: list[tuple[int, int, Tensor, Tensor]] = []  # (start, known then, positions, values) of the model's last stretches
+        if evaluator.trainer:
+            evaluator.trainer.reset()
+
+    def feed(self, tokens: Tensor) -> None:
+        """The next tokens [n] of the text."""
+        tokens = torch.as_tensor(tokens, dtype=torch.int32)
+        if self.known + len(tokens) > len(self.tokens):
+            raise UserError(f"the text has {len(self.tokens):,} tokens: {len(tokens):,} more than {self.known:,} are too many")
+        self.tokens[self.known : self.known + len(tokens)] = tokens.to(self.ctx.device)
+        self.known += len(tokens)
+        if self.cfg.ttt_reset_per_doc and bool((tokens == BOS_ID).any()):
+            self.chunks = plan_chunks(self.tokens, self.cfg)  # as far as they are begun they stay what they were
+
+    def catch_up(self, target: int) -> None:
+        """Work off every block that ends at or before `target` and whose tokens are known."""
+        while self.done < target:
+            begin, end = self._block()
+            if end > target or end >= self.known:
+                return
+            self._finish(begin, end)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Probabilities float32 [last - first, V] of targets first..last-1, which lie at or after all that `rows` has given."""
+        if not 0 <= first < last <= self.known:
+            raise UserError(f"targets {first}..{last - 1} cannot be asked for: {self.known} tokens are known")
+        self.catch_up(first)
+        parts = []
+        while first < last:
+            begin, end = self._block()
+            if first < begin:
+                raise UserError(f"target {first} lies before what is already counted")
+            with self._scoring():
+                prediction, mine = self._predict(begin, end)
+            upto = min(end, last)
+            here = ((mine >= first - begin) & (mine < upto - begin)).nonzero().squeeze(1)
+            shown = torch.zeros(upto - first, self.cfg.vocab_size, device=self.ctx.device)
+            shown[mine[here] + begin - first] = prediction.distribution(here)
+            parts.append(self.ctx.all_reduce_sum(shown))
+            if upto == end < self.known:
+                self._finish(begin, end, prediction, mine)
+            elif upto < last:
+                raise AssertionError("a block whose tokens are all known was not finished")
+            first = upto
+        return torch.cat(parts)
+
+    def close(self) -> EvaluationTrace:
+        trace, tokens = self.trace, self.tokens
+        scored = (trace.ledger.coverage > 0).to(self.ctx.device)
+        trace.bytes_scored = int(self.evaluator.byte_table.targets(tokens)[scored].sum())
+        if self.mixture is not None:
+            trace.series = dict(zip(self.mixture.series, self.sums.tolist()))
+            history = self.mixture.history
+            trace.contexts_known, trace.contexts_refused = history.contexts.next_id, history.contexts.refused
+            trace.expert_bytes = history.nbytes
+        if self.invalid:
+            trace.invalid = self.invalid.summary(trace.bytes_scored)
+        return trace
+
+    # -- order --
+
+    def _block(self) -> tuple[int, int]:
+        """The block that begins at `done`; training on the chunk before it comes first, where there is one."""
+        if self.done == self.chunks[self.number].end:
+            self._next_chunk()
+        chunk = self.chunks[self.number]
+        return self.done, min(self.done + self.block, chunk.end)
+
+    def _next_chunk(self) -> None:
+        cfg, trainer = self.cfg, self.evaluator.trainer
+        chunk, following = self.chunks[self.number : self.number + 2]
+        if trainer and following.fresh:
+            trainer.reset()
+        elif trainer and cfg.ttt_epochs:
+            self.trace.ledger.use(slice(chunk.start, chunk.end), "training")
+            with self.clock("training"):
+                trainer.learn(self.tokens, chunk, chunk_lr(cfg, self.number, len(self.chunks)))
+        self.number += 1
+        self.ahead = []  # other weights
+
+    def _finish(self, begin: int, end: int, prediction: Prediction | None = None, mine: Tensor | None = None) -> None:
+        """Score the block begin..end-1, whose tokens are all known, and count it."""
+        with self._scoring():
+            if self.mixture is None:
+                self._record_plain(begin, end)
+            else:
+                if prediction is None:
+                    prediction, mine = self._predict(begin, end)
+                with self.clock("experts"):
+                    self._record_mixed(begin, end, prediction, mine)
+        self.done = end
+        self.ahead = [part for part in self.ahead if part[0] + self.stretch > end]
+        chunk = self.chunks[self.number]
+        if end == chunk.end:
+            self.trace.chunks.append(self.trace.ledger.nll[chunk.start : end].mean().item())
+            if self.report:
+                self.report(self.number, len(self.chunks), self.trace, end)
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        trainer = self.evaluator.trainer
+        with torch.no_grad(), self.clock("scoring"), trainer.scoring_weights() if trainer else contextlib.nullcontext():
+            yield
 
     @contextlib.contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -447,24 +555,7 @@ class _Pass:
             torch.cuda.synchronize(self.ctx.device)
         self.trace.seconds[phase] = self.trace.seconds.get(phase, 0.0) + time.perf_counter() - began
 
-    def score(self, chunk: Chunk, stop: int) -> bool:
-        """Score the chunk's targets in order; False if `stop` came first.
-
-        They are scored in groups of whole expert blocks, large enough to fill every rank's batch. The blocks are counted from the chunk's
-        start whatever the number of ranks: the result does not depend on it.
-        """
-        cfg, block = self.cfg, self.cfg.expert_block_tokens
-        size = max(self.evaluator.seq_len, self.evaluator.batch * cfg.eval_stride * self.ctx.world_size)
-        size = -(-size // block) * block
-        for start in range(chunk.start, chunk.end, size):
-            if stop and start >= stop:
-                return False
-            end = min(start + size, chunk.end)
-            if self.mixture is None:
-                self._score_plain(start, end)
-            else:
-                self._score_mixed(start, end)
-        return True
+    # -- model --
 
     def _windows_between(self, start: int, end: int) -> list[Window]:
         """Windows that score targets start..end-1. One that reaches over `start` is scored from there on only: same context, same result."""
@@ -479,7 +570,8 @@ class _Pass:
         ctx = self.ctx
         mine = self._windows_between(start, end)[ctx.rank :: ctx.world_size]
         positions, values = [torch.empty(0, dtype=torch.int64, device=ctx.device)], [torch.empty(0, *width, device=ctx.device)]
-        for at, value in score_windows(forward, self.tokens, mine, self.evaluator.seq_len, self.cfg.eval_stride, self.evaluator.batch):
+        sizes = self.evaluator.seq_len, self.cfg.eval_stride, self.evaluator.batch
+        for at, value in score_windows(forward, self.tokens, mine, *sizes, whole=self.full):
             inside = at < end
             positions.append(at[inside])
             values.append(value[inside])
@@ -489,12 +581,32 @@ class _Pass:
             values = values[order]
         return positions, values
 
-    def _score_plain(self, start: int, end: int) -> None:
-        positions, nll = self._model(start, end, self.evaluator.forward, ())
-        gathered = torch.zeros(2, end - start, dtype=torch.float64, device=self.ctx.device)
-        gathered[0, positions - start] = nll.double()
-        gathered[1].index_add_(0, positions - start, torch.ones_like(positions, dtype=torch.float64))
-        self._record(start, end, *self.ctx.all_reduce_sum(gathered))
+    def _logits(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """(positions [n], logits [n, V]) of this rank's share of a block, a stretch of windows at a time; a stretch is kept for the
+        blocks that share it, and computed again once more of its inputs are known. Blank where nothing is known yet."""
+
+        def forward(inputs: Tensor, targets: Tensor, *, reduction: str, score_last: int) -> Tensor:
+            return self.evaluator.forward(inputs, score_last=score_last)
+
+        chunk = self.chunks[self.number]
+        first = chunk.start + (begin - chunk.start) // self.stretch * self.stretch
+        for start in range(first, min(end, self.known), self.stretch):
+            until = min(start + self.stretch, chunk.end)
+            kept = next((part for part in self.ahead if part[0] == start), None)
+            if kept is None or kept[1] < min(self.known, until):
+                with self.clock("model"):
+                    values = self._model(start, until, forward, (self.cfg.vocab_size,))
+                self.ahead = [part for part in self.ahead if part is not kept] + [(start, self.known, *values)]
+        self.ahead.sort(key=lambda part: part[0])
+        positions, logits = (torch.cat([part[i] for part in self.ahead]) for i in (2, 3))
+        inside = (positions >= begin) & (positions < end)
+        positions, logits = positions[inside], logits[inside]
+        if self.ctx.world_size == 1 and len(positions) < end - begin:  # the same shape as when all of it is known
+            logits = torch.cat((logits, logits.new_zeros(end - begin - len(positions), logits.size(1))))
+            positions = torch.arange(begin, end, device=self.ctx.device)
+        return positions, logits
+
+    # -- scores --
 
     def _record(self, start: int, end: int, nll: Tensor, times: Tensor) -> None:
         nll, times = torch.stack((nll, times)).cpu()  # one wait for the GPU, not three
@@ -503,67 +615,43 @@ class _Pass:
             raise UserError(f"the loss is not finite in the targets from {start} on: a damaged model, or TTT_LR={self.cfg.ttt_lr} too high")
         self.trace.ledger.score(slice(start, end), nll)
 
-    @torch.no_grad()
-    def _score_mixed(self, start: int, end: int) -> None:
-        cfg = self.cfg
+    def _record_plain(self, start: int, end: int) -> None:
+        positions, nll = self._model(start, end, self.evaluator.forward, ())
+        gathered = torch.zeros(2, end - start, dtype=torch.float64, device=self.ctx.device)
+        gathered[0, positions - start] = nll.double()
+        gathered[1].index_add_(0, positions - start, torch.ones_like(positions, dtype=torch.float64))
+        self._record(start, end, *self.ctx.all_reduce_sum(gathered))
 
-        def logits(inputs: Tensor, targets: Tensor, *, reduction: str, score_last: int) -> Tensor:
-            return self.evaluator.forward(inputs, score_last=score_last)
-
-        with self.clock("model"):
-            positions, rows = self._model(start, end, logits, (cfg.vocab_size,))
+    def _predict(self, begin: int, end: int) -> tuple[Prediction, Tensor]:
+        """The block's distributions, and which of its targets this rank has; complete before a target is named."""
+        positions, logits = self._logits(begin, end)
         with self.clock("experts"):
-            self._mix(start, end, positions, rows)
+            at, mine = torch.arange(begin, end, device=self.ctx.device), positions - begin
+            contexts = context_rows(self.tokens, at, self.mixture.context_length, self.cfg.vocab_size)
+            return self.mixture.predict(logits, contexts, mine), mine
 
-    def _mix(self, start: int, end: int, positions: Tensor, rows: Tensor) -> None:
-        """Final scores of targets start..end-1 from this rank's model logits `rows` [n, V] at `positions` [n], block by block."""
+    def _record_mixed(self, begin: int, end: int, prediction: Prediction, mine: Tensor) -> None:
+        """Scores of the block's targets, and what the experts learn from them."""
         cfg, ctx, mixture = self.cfg, self.ctx, self.mixture
-        where = positions.tolist() if ctx.world_size > 1 else range(start, end)
-        for begin in range(start, end, cfg.expert_block_tokens):
-            until = min(begin + cfg.expert_block_tokens, end)
-            part = slice(bisect.bisect_left(where, begin), bisect.bisect_left(where, until))
-            at, mine = torch.arange(begin, until, device=ctx.device), positions[part] - begin
-            contexts, targets = context_rows(self.tokens, at, self._context_length, cfg.vocab_size), self.tokens[at + 1].long()
-            # Strictly the past goes in; the prediction is complete before a target is named.
-            prediction = mixture.predict(rows[part], contexts[:, : mixture.context_length], mine)
-            for position in sorted(self.sample.intersection(range(begin, until))):
-                self._show(prediction, position, (mine == position - begin).nonzero().squeeze(1))
-            record = prediction.record(targets[mine])
-            gathered = torch.zeros(until - begin, record.size(1) + 1, dtype=torch.float64, device=ctx.device)
-            gathered[mine, :-1] = record
-            gathered[:, -1].index_add_(0, mine, torch.ones_like(mine, dtype=torch.float64))
-            gathered, statistics = ctx.all_reduce_sum(gathered), ctx.all_reduce_sum(prediction.statistics(targets[mine]))
-            self._record(begin, until, -gathered[:, 0], gathered[:, -1])
-            self.sums -= gathered[:, : len(mixture.series)].sum(0)
-            if self.invalid:
-                self.invalid.observe(prediction, mine, contexts, targets)
-            if self.evaluator.expert_config.names:
-                self.trace.ledger.use(slice(begin, until), "counts and weights of the experts")
-                mixture.update(prediction, targets, gathered[:, :-1], statistics)
+        at = torch.arange(begin, end, device=ctx.device)
+        targets = self.tokens[at + 1].long()
+        record = prediction.record(targets[mine])
+        gathered = torch.zeros(end - begin, record.size(1) + 1, dtype=torch.float64, device=ctx.device)
+        gathered[mine, :-1] = record
+        gathered[:, -1].index_add_(0, mine, torch.ones_like(mine, dtype=torch.float64))
+        gathered, statistics = ctx.all_reduce_sum(gathered), ctx.all_reduce_sum(prediction.statistics(targets[mine]))
+        self._record(begin, end, -gathered[:, 0], gathered[:, -1])
+        self.sums -= gathered[:, : len(mixture.series)].sum(0)
+        if self.invalid:
+            contexts = context_rows(self.tokens, at, self._claims_context, cfg.vocab_size)
+            self.invalid.observe(prediction, mine, contexts, targets)
+        if self.evaluator.expert_config.names:
+            self.trace.ledger.use(slice(begin, end), "counts and weights of the experts")
+            mixture.update(prediction, targets, gathered[:, :-1], statistics)
 
     @property
-    def _context_length(self) -> int:
-        return max(self.mixture.context_length, 8 if self.invalid else 0)
-
-    def _show(self, prediction: Prediction, position: int, row: Tensor) -> None:
-        """Keep the full distribution at a sampled position, on every rank."""
-        shown = torch.zeros(self.cfg.vocab_size, device=self.ctx.device)
-        if len(row):
-            shown = prediction.distribution(row)[0]
-        self.trace.rows[position] = self.ctx.all_reduce_sum(shown.clone()).cpu()
-
-    def close(self) -> EvaluationTrace:
-        trace, tokens = self.trace, self.tokens
-        scored = (trace.ledger.coverage > 0).to(self.ctx.device)
-        trace.bytes_scored = int(self.evaluator.byte_table.targets(tokens)[scored].sum())
-        if self.mixture is not None:
-            trace.series = dict(zip(self.mixture.series, self.sums.tolist()))
-            history = self.mixture.history
-            trace.contexts_known, trace.contexts_refused = history.contexts.next_id, history.contexts.refused
-            trace.expert_bytes = history.nbytes
-        if self.invalid:
-            trace.invalid = self.invalid.summary(trace.bytes_scored)
-        return trace
+    def _claims_context(self) -> int:
+        return max(self.mixture.context_length, 8)
 
 
 def expert_config(cfg: Config) -> ExpertConfig:
@@ -628,50 +716,116 @@ class InvalidClaims:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class AuditedRun:
-    """Chooses what to look at before the evaluation, and checks it afterwards."""
+def serve_artifact(path: Path, ctx: RunContext) -> None:
+    """`--serve`: evaluate a text that a referee or the audit sends through stdin, piece by piece (parts/REFEREE.md)."""
 
-    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: Tensor):
-        cfg = evaluator.cfg
-        self.evaluator, self.tokens, self.cfg = evaluator, tokens, cfg
-        targets = len(tokens) - 1
-        edges = [chunk.start for chunk in plan_chunks(tokens, cfg)]
-        two_chunks = edges[2] if len(edges) > 2 else targets
-        self.limit = min(cfg.audit_tokens or two_chunks + evaluator.seq_len, targets)
-        self.places = auditing.plan_places(tokens, edges, self.limit, BOS_ID, cfg.audit_places, cfg.seed)
-        self.updates_covered = sum(0 < edge < self.limit for edge in edges)
-        generator = torch.Generator().manual_seed(cfg.seed)
-        spread = torch.randint(0, targets, (cfg.audit_samples,), generator=generator).tolist()
-        self.sample = sorted({*spread, *(place - 1 for place in self.places), 0, targets - 1})
+    def begin(start: dict) -> Session:
+        artifact = load_artifact(path, ctx.device)
+        cfg = artifact.cfg
+        if start["vocab_size"] != cfg.vocab_size:
+            raise UserError(f"the text's vocabulary is {start['vocab_size']}, the artifact's {cfg.vocab_size}")
+        if start["block"]:  # as much as will be asked for at once is what a forward should score
+            cfg = dataclasses.replace(cfg, eval_batch_seqs=-(-start["block"] // cfg.eval_stride))
+        else:
+            cfg = audited(cfg, start["targets"], ctx)
+        table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+        evaluator = ScoreFirstEvaluator(artifact.model, cfg, table, ctx)
+        evaluator.compile(start["targets"], full=True)
+        return evaluator.session(start["targets"])
 
-    def check(self, trace: EvaluationTrace, artifact: Artifact, data_path: str) -> list[auditing.Check]:
-        cfg, tokens, vocab = self.cfg, self.tokens, self.cfg.vocab_size
-        on_gpu = self.evaluator.ctx.device.type == "cuda"
-        furthest = max(self.places, default=0)
-        allowance = auditing.measure_noise(self.evaluator, tokens, trace, furthest, cfg.audit_tolerance) if on_gpu else auditing.Allowance()
-        tokenizer, manifest = load_tokenizer(cfg.tokenizer_path, vocab), load_manifest(data_path)
-        whole = not cfg.eval_tokens or not manifest or cfg.eval_tokens >= manifest["splits"]["val"]["tokens"]
-        # EVAL_TOKENS may cut a character spelled in bytes: the piece of it that is there is counted, not decoded.
-        cut = 0
-        while not whole and cut < len(tokens) - 1 and tokenizer.is_byte(int(tokens[-1 - cut])):
-            cut += 1
-        documents = auditing.decoded_documents(tokens[: len(tokens) - cut], tokenizer, BOS_ID)
-        raw = {"decoded text": sum(map(len, documents)) + cut}
-        if manifest and whole:
-            raw["manifest"] = manifest["splits"]["val"]["raw_bytes"]
-        few = self.places[:: max(1, len(self.places) // 3)]
-        return [
-            auditing.check_causality(self.evaluator, tokens, trace, self.places, vocab, allowance),
-            auditing.check_documents(
-                self.evaluator, tokens, trace, vocab, self.limit, BOS_ID, dataclasses.replace(allowance, tolerance=1e-3)
-            ),
-            auditing.check_normalization(self.evaluator, tokens, trace, few, vocab, allowance),
-            auditing.check_score_before_update(trace),
-            auditing.check_single_pass(trace),
-            auditing.check_bytes(trace, raw),
-            auditing.check_disjoint(data_path, manifest, documents if whole else None),
-            auditing.check_size(artifact.bytes_model, code_bytes(), SIZE_LIMIT_BYTES),
-        ]
+    serve(begin)
+
+
+def audited(cfg: Config, targets: int, ctx: RunContext) -> Config:
+    """Settings of an evaluation that will be audited. Each drawn target costs the replica a forward: with batches no larger than this all of them cost
+    at most what scoring the text twice does, and the batch has to be the same on both sides."""
+    fitting = max(1, 2 * targets // (cfg.audit_samples * cfg.eval_stride * ctx.world_size))
+    return dataclasses.replace(cfg, eval_batch_seqs=min(fitting, eval_batch_size(cfg, cfg.eval_seq_len or cfg.train_seq_len, ctx.device)))
+
+
+def submission(path: Path, cfg: Config, folder: Path, *arguments: str) -> tuple[list[str], list[Path]]:
+    """(command, files that it reads) of the evaluation code as it is submitted: the one script, the artifact and the tokenizer."""
+    script = folder / "evaluate.py"
+    script.write_bytes(code_script())
+    return [sys.executable, str(script), str(path), *arguments], [script, path, Path(cfg.tokenizer_path)]
+
+
+@contextlib.contextmanager
+def blind_replica(path: Path, cfg: Config, targets: int, ctx: RunContext) -> Iterator[Replica]:
+    """A new process with the submitted code, shut off from the shards. With several ranks each starts its own, and they form a group beside this one,
+    which needs the network: no sandbox then."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or ctx.world_size > 1
+    }
+    if ctx.world_size > 1:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            environment["MASTER_PORT"] = str(ctx.broadcast_object(free.getsockname()[1]))
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    with tempfile.TemporaryDirectory() as folder:
+        command, files = submission(path, cfg, Path(folder), "--serve")
+        sandbox = Sandbox(files, secret=list_shards(cfg.data_path, "val")) if ctx.world_size == 1 else None
+        with Replica(command, targets, cfg.vocab_size, sandbox=sandbox, environment=environment) as replica:
+            yield replica
+
+
+def referee_artifact(path: Path, cfg: Config, text: Path, options: list[str]) -> int:
+    """`--referee`: have the submission judged on raw text. The referee is a program of its own, no part of what is submitted."""
+    root = Path(__file__).resolve().parent
+    if not (root / "parts" / "referee.py").is_file():
+        raise UserError("a submission does not carry its judge: run --referee from the project's folder")
+    run = f"import sys; sys.path.insert(0, {str(root)!r}); from parts.files import cli; from parts.referee import main; cli(main)"
+    with tempfile.TemporaryDirectory() as folder:
+        command, files = submission(path, cfg, Path(folder), "--serve")
+        judge = [sys.executable, "-c", run, str(text), "--tokenizer", cfg.tokenizer_path, "--out", str(path.with_name("referee.json"))]
+        for file in files:
+            judge += ["--read", str(file)]
+        return subprocess.run([*judge, *options, "--", *command]).returncode
+
+
+def audit_run(
+    path: Path, artifact: Artifact, evaluator: ScoreFirstEvaluator, tokens: Tensor, trace: EvaluationTrace
+) -> list[auditing.Check]:
+    """Every check of an evaluation that has been made."""
+    cfg, ctx, targets = artifact.cfg, evaluator.ctx, len(tokens) - 1
+    if ctx.device.type == "cuda":
+        torch.cuda.empty_cache()  # the replica uses the same GPU
+    with blind_replica(path, cfg, targets, ctx) as replica:
+        blind = auditing.check_blind(replica, tokens, trace, auditing.draw_targets(trace.ledger, cfg.audit_samples))
+    with blind_replica(path, cfg, targets, ctx) if evaluator.documents_independent else contextlib.nullcontext() as replica:
+        independence = auditing.check_documents(replica, tokens, trace, BOS_ID)
+    tokenizer, manifest = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), load_manifest(cfg.data_path)
+    there = sum(len(load_shard(shard)) for shard in list_shards(cfg.data_path, "val"))
+    whole, trained_on, here = len(tokens) == there, artifact.meta.get("train_data_sha256"), None
+    with contextlib.suppress(UserError):  # a folder of validation shards alone
+        here = split_digest(cfg.data_path, "train")
+    # EVAL_TOKENS may cut a character spelled in bytes: the piece of it that is there is counted, not decoded.
+    cut = 0
+    while not whole and cut < targets and tokenizer.is_byte(int(tokens[-1 - cut])):
+        cut += 1
+    documents = auditing.decoded_documents(tokens[: len(tokens) - cut], tokenizer, BOS_ID)
+    unscored = auditing.bytes_before_the_first_target(tokens, tokenizer, BOS_ID)
+    raw = {"decoded text": sum(map(len, documents)) + cut - unscored}
+    of_raw_text = bool(manifest) and whole and "raw_bytes_counted_from" not in manifest
+    if of_raw_text:
+        raw["manifest"] = manifest["splits"]["val"]["raw_bytes"] - unscored
+    return [
+        *blind,
+        independence,
+        auditing.check_score_before_update(trace),
+        auditing.check_single_pass(trace),
+        auditing.check_whole_text(len(tokens), there, manifest),
+        auditing.check_bytes(trace, raw, of_raw_text),
+        auditing.check_disjoint(cfg.data_path, manifest, documents if whole else None, trained_on is not None and trained_on == here),
+        auditing.check_training_text(trained_on, here),
+        auditing.check_tokenizer(tokenizer, manifest),
+        auditing.check_size(*sizes(artifact, tokenizer), SIZE_LIMIT_BYTES),
+    ]
+
+
+def sizes(artifact: Artifact, tokenizer) -> tuple[int, int, int, bool]:
+    """Bytes of model, code and tokenizer, and whether the last counts."""
+    return artifact.bytes_model, code_bytes(), Path(artifact.cfg.tokenizer_path).stat().st_size, auditing.tokenizer_counts(tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -726,35 +880,32 @@ def print_report(result: dict, ctx: RunContext) -> None:
     )
     lines.append(
         f"bytes_model:{result['bytes_model']:,} bytes_code:{result['bytes_code']:,} bytes_total:{result['bytes_total']:,} "
-        f"of {SIZE_LIMIT_BYTES:,}"
+        f"of {SIZE_LIMIT_BYTES:,} bytes_tokenizer:{result['bytes_tokenizer']:,} ({'' if result['tokenizer_counted'] else 'not '}counted)"
     )
     for line in lines:
         ctx.log(line)
 
 
-def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) -> dict:
+def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
     """Everything that eval.json holds."""
+    artifact = load_artifact(path, ctx.device)
     cfg, began = artifact.cfg, time.perf_counter()
     expert_config(cfg)  # refuse a misspelt expert before anything is computed
     tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
-    byte_table = ByteTable.for_validation(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), cfg.data_path)
-    evaluator = ScoreFirstEvaluator(artifact.model, cfg, byte_table, ctx)
+    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    if audit:
+        cfg = audited(cfg, len(tokens) - 1, ctx)
+    evaluator = ScoreFirstEvaluator(artifact.model, cfg, ByteTable.for_validation(tokenizer, cfg.data_path), ctx)
     mode = compile_mode(cfg, ctx.device)
     ctx.log(
         f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval_stride}, {ctx.world_size} rank(s) on "
         f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}"
     )
 
-    audited = AuditedRun(evaluator, tokens) if audit else None
-    sample = audited.sample if audited else ()
-    seconds = {"compile": evaluator.compile(tokens, sample)}
+    seconds = {"compile": evaluator.compile(len(tokens) - 1, full=audit)}
     if seconds["compile"]:
         ctx.log(f"compiled in {seconds['compile']:.1f}s")
-    plain = evaluator.sliding(tokens)
-    seconds["sliding"] = plain.seconds
-    ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s ({plain.tokens_scored / plain.seconds:,.0f} tok/s)")
     trace = None
-    final = (plain.val_loss, plain.val_bpb, plain.tokens_scored, plain.bytes_scored)
     if cfg.ttt_enabled or evaluator.expert_config.names or cfg.invalid_cache or audit:
         if cfg.ttt_enabled:
             trainable = sum(param.numel() for param in evaluator.trainer.params)
@@ -769,12 +920,19 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
                 mean = so_far.ledger.nll[:reached].mean().item()
                 ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / (time.perf_counter() - started):,.0f}")
 
-        trace = evaluator.run(tokens, sample=sample, report=progress)
+        trace = evaluator.run(tokens, full=audit, report=progress)
         seconds |= {"score_first": time.perf_counter() - started, **trace.seconds}
+    # Last, so that what counts is scored by a process that has not seen the text before.
+    plain = evaluator.sliding(tokens)
+    seconds["sliding"] = plain.seconds
+    ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s ({plain.tokens_scored / plain.seconds:,.0f} tok/s)")
+    final = (plain.val_loss, plain.val_bpb, plain.tokens_scored, plain.bytes_scored)
+    if trace:
         final = (trace.val_loss, trace.val_bpb, int(trace.scored.sum()), trace.bytes_scored)
         assert trace.bytes_scored == plain.bytes_scored and final[2] == plain.tokens_scored
 
     names = evaluator.expert_config.names
+    bytes_model, bytes_code, bytes_tokenizer, tokenizer_counted = sizes(artifact, tokenizer)
     result = {
         "val_loss": final[0],
         "val_bpb": final[1],
@@ -789,23 +947,31 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
         "invalid_cache": trace.invalid if trace else None,
         "tokens_scored": final[2],
         "bytes_scored": final[3],
-        "bytes_model": artifact.bytes_model,
-        "bytes_code": code_bytes(),
+        "bytes_model": bytes_model,
+        "bytes_code": bytes_code,
+        "bytes_tokenizer": bytes_tokenizer,
+        "bytes_total": bytes_model + bytes_code + bytes_tokenizer * tokenizer_counted,
+        "tokenizer_counted": tokenizer_counted,
+        "sha256": {
+            "artifact": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "code": hashlib.sha256(code_script()).hexdigest(),
+            "tokenizer": tokenizer_hash(cfg.tokenizer_path),
+            "tokens": hashlib.sha256(tokens.numpy().astype("<u2").tobytes()).hexdigest(),  # as in the shards, without their headers
+        },
         "world_size": ctx.world_size,
         "device": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "chunk_losses": trace.chunks if trace else None,
         "audit": None,
     }
-    result["bytes_total"] = result["bytes_model"] + result["bytes_code"]
-    if audited:
+    if audit:
         started = time.perf_counter()
-        checks = audited.check(trace, artifact, cfg.data_path)
+        checks = audit_run(path, artifact, evaluator, tokens, trace)
         seconds["audit"] = time.perf_counter() - started
         result["audit"] = {
             "verdict": auditing.verdict(checks),
-            "scope": f"ledger, coverage, bytes and distributions of the whole evaluation reported here; reruns within its first "
-            f"{audited.limit:,} targets, {audited.updates_covered} weight update(s) among them, with everything on",
+            "missing": auditing.missing(checks),
+            "scope": "val_bpb, over the whole of the text named by sha256.tokens; sliding_bpb, ttt_bpb and the experts' gains are not audited",
             "checks": [dataclasses.asdict(check) for check in checks],
         }
     seconds["total"] = time.perf_counter() - began
@@ -813,7 +979,7 @@ def evaluate_artifact(artifact: Artifact, ctx: RunContext, audit: bool = False) 
     result["tokens_per_second"] = {
         phase: final[2] / took for phase, took in seconds.items() if took and phase not in ("compile", "audit", "total")
     }
-    result["config"] = cfg.to_dict()
+    result["config"] = artifact.cfg.to_dict()
     result["run"] = {key: artifact.meta.get(key) for key in ("steps", "train_seconds", "looping", "tokenizer_sha256")}
     return result
 
@@ -823,27 +989,43 @@ def main() -> int:
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
         return 0
-    paths = [a for a in arguments if not a.startswith("-")]
-    if unknown := [a for a in arguments if a.startswith("-") and a != "--audit"]:
-        raise UserError(f"unknown argument {unknown[0]}; usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit]")
-    if len(paths) != 1:
-        raise UserError("usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit]")
+    usage = "usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit | --serve | --referee RAW.jsonl [--block N] [--cuts N]]"
+    paths, flags, values = [], set(), {}
+    while arguments:
+        argument = arguments.pop(0)
+        if argument in ("--audit", "--serve"):
+            flags.add(argument)
+        elif argument in ("--referee", "--block", "--cuts") and arguments:
+            values[argument] = arguments.pop(0)
+        elif argument.startswith("-"):
+            raise UserError(f"unknown argument {argument}; {usage}")
+        else:
+            paths.append(argument)
+    text = values.pop("--referee", None)
+    if len(paths) != 1 or len(flags) + (text is not None) > 1 or (values and text is None):
+        raise UserError(usage)
     path = Path(paths[0])
     if not path.is_file():
         raise UserError(f"{path} does not exist; write it with `python quantize.py runs/<RUN_ID>`")
     header, _ = packing.read_header(path.read_bytes(), str(path))
-    ctx = setup_distributed(resolve_config(os.environ, base=header.get("config")).device)
+    cfg = resolve_config(os.environ, base=header.get("config"))
+    if text is not None:
+        return referee_artifact(path, cfg, Path(text), [part for option in values.items() for part in option])
+    ctx = setup_distributed(cfg.device)
     try:
+        if "--serve" in flags:  # nothing may be printed: stdout is the protocol's
+            serve_artifact(path, ctx)
+            return 0
         for warning in near_misses(os.environ):
             ctx.log(f"warning: {warning}")
-        artifact = load_artifact(path, ctx.device)
-        result = evaluate_artifact(artifact, ctx, audit="--audit" in arguments)
+        result = evaluate_artifact(path, ctx, audit="--audit" in flags)
         print_report(result, ctx)
         if result["audit"]:
             ctx.log("")
             for check in result["audit"]["checks"]:
                 ctx.log(auditing.Check(**check).line())
-            ctx.log(f"audit: {result['audit']['verdict'].upper()} ({result['audit']['scope']})")
+            lacks = f" for want of: {', '.join(result['audit']['missing'])}" if result["audit"]["missing"] else ""
+            ctx.log(f"audit: {result['audit']['verdict'].upper()}{lacks} ({result['audit']['scope']})")
         if ctx.is_main:
             with atomic_write(path.with_name("eval.json")) as temporary:
                 temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -300,14 +300,7 @@ class Config:
     codec_streams: int = _eval(
         0, "streams that codec.py codes in lockstep; 0: by the text's length, at most 256 on CUDA and 32 elsewhere", low=0, high=65536
     )
-    audit_tokens: int = _eval(0, "the audit's reruns stay within the first n tokens; 0: two chunks and a window", low=0)
-    audit_places: int = _eval(6, "places where the audit changes tokens and runs again", low=1)
-    audit_samples: int = _eval(64, "positions whose full distribution the audit looks at", low=1)
-    audit_tolerance: float = _eval(
-        0.001,
-        "nats by which the audit's reruns may differ on a GPU, beyond 4 times the measured noise of an unchanged rerun; CPU: 0",
-        low=0,
-    )
+    audit_samples: int = _eval(512, "targets, drawn after the evaluation, of which a blind replica gives the distribution", low=64)
 
     # Filled by resolve_config: setting -> "default", "preset:<name>", "run" or "env".
     origins: dict = field(default_factory=dict, compare=False, repr=False)
@@ -2213,14 +2206,15 @@ def padded_length(length: int, seq_len: int) -> int:
 
 
 def score_windows(
-    forward: Callable[..., Tensor], tokens: Tensor, windows: list[Window], seq_len: int, stride: int, batch_seqs: int
+    forward: Callable[..., Tensor], tokens: Tensor, windows: list[Window], seq_len: int, stride: int, batch_seqs: int, whole: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Score windows, batches of like ones at a time; yields (target positions int64 [n], what `forward` gives there [n, …]), ascending only
-    within a batch. A batch is `batch_seqs` windows of seq_len, or as many more as the windows are shorter.
+    within a batch. A batch is `batch_seqs` windows of seq_len, or as many more as the windows are shorter. whole: all are filled up to
+    seq_len, so that no shape tells where a document ends.
     """
     device, groups = tokens.device, {}
     for window in windows:
-        width = padded_length(window.end - window.start, seq_len)
+        width = seq_len if whole else padded_length(window.end - window.start, seq_len)
         scored = width - (window.score_from - window.start)  # counted from the padded end
         groups.setdefault((width, min(stride, width) if scored <= stride else width), []).append(window)
     for (width, scored), members in groups.items():

@@ -1,20 +1,21 @@
-"""Audit of an evaluation: is the score that it reports a valid one?
+"""Audit of an evaluation: is the score that it reports a valid one, and what of that could not be checked?
 
 A score counts when (1) the distribution of each target depends on the model and the tokens before it alone, (2) it is a normalized
 distribution over the vocabulary, fixed before the target is looked at, (3) no target's loss was counted after something had
 been fitted on it, and (4) the text was read once, each target scored once. To that come the byte count, the separation of
-validation and training documents, and the size of what is submitted.
+validation and training documents, the tokenizer, and the size of what is submitted.
 
-The audit works on anything that behaves like `Evaluator` below, honest or not. It trusts as little as it can: causality is
-tested by changing tokens and running the evaluation again, and what an evaluator says about its own distributions is held
-against the scores that it claims when the target is another one. The record of who used which token when (`Ledger`) is
-kept by the evaluation as it runs; it is the one thing that is taken from it.
+The evaluation runs first, with the whole text in its process, and leaves every target's loss in a `Ledger`. Only then are
+targets drawn, all over the text, by a hash of those losses. A blind replica, a new process that gets the text through a pipe, token by
+token as far as it may know it, answers at each of them with its distribution of a token that does not exist in its process yet. What
+the evaluation reported there must be what the replica gives. A replica has no earlier pass, no later text and no sample to know.
 
-    places = plan_places(tokens, edges=[32768, 65536], limit=70000)
-    trace = evaluator.run(tokens, sample=sample_positions(...))      # the evaluation that is reported
-    checks = [check_causality(evaluator, tokens, trace, places), check_normalization(trace, tokens), ...]
+    trace = evaluator.run(tokens)
+    checks = [*check_blind(replica, tokens, trace, draw_targets(trace.ledger, 512)), check_score_before_update(trace), ...]
+    verdict(checks)                # "pass" only where every mandatory check ran
 
-Target i is tokens[i + 1]; "position i" below means target i.
+What it does not do: keep the evaluator from reading the text elsewhere (the replica runs in a sandbox, the evaluation itself does not), or look into the
+text that was tokenized. That is the referee's part (parts/REFEREE.md). Target i is tokens[i + 1]; "position i" below means target i.
 """
 
 from __future__ import annotations
@@ -22,17 +23,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
+from parts.replica import Replica, ReplicaError
 
+PASS, FAIL, NOT_CHECKED, INCOMPLETE = "pass", "fail", "not checked", "incomplete"
+
+MANDATORY = (
+    "causality", "normalization", "score before update", "single pass", "whole text", "byte count", "documents disjoint", "tokenizer", "size",
+)  # fmt: skip
 NORMALIZATION_TOLERANCE = 1e-4  # of the sum over the vocabulary (the challenge's own)
+# Nats between a recorded score and the replica's distribution. Gradients repeat to the bit and shapes are fixed, so what is left is the
+# rounding of float32 log p, which grows with |log p|. The same on a GPU: no noise is measured, and none allowed for.
+SCORE_TOLERANCE = 2e-5
+DOCUMENT_TOLERANCE = 1e-3  # nats by which a document may move when the one before it is another
+PLAIN_PIECE = 16  # characters: SentencePiece's own limit of a piece
+FITTED_TOKENIZER = 1.25  # bytes a token in validation over those in training: more means that it was made for the validation text
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -85,11 +96,10 @@ class Ledger:
 
 @dataclasses.dataclass
 class Trace:
-    """One run of an evaluator: its ledger, the bytes it divides by, and the full distributions at the sampled positions."""
+    """One run of an evaluator: its ledger and the bytes it divides by."""
 
     ledger: Ledger
     bytes_scored: int
-    rows: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # position -> probabilities float32 [V]
 
     @property
     def scored(self) -> Tensor:
@@ -105,173 +115,80 @@ class Trace:
         return self.ledger.nll[self.scored].sum().item() / math.log(2) / self.bytes_scored
 
 
-class Evaluator(Protocol):
-    """What the audit can examine."""
-
-    documents_independent: bool  # claims that no document's score depends on another document
-
-    def run(self, tokens: Tensor, stop: int = 0, sample: Iterable[int] = ()) -> Trace:
-        """Evaluate `tokens` from a fresh state, with the distributions at the positions in `sample`. `stop` > 0: the caller needs only
-        the targets before it; everything else (plans, schedules) must be as in the full run."""
-        ...
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Causality
+# 1 and 2. Causality and normalization, by a replica that cannot know
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def plan_places(tokens: Tensor, edges: Sequence[int], limit: int, bos_id: int = 1, count: int = 6, seed: int = 0) -> list[int]:
-    """Token indices to perturb: around a chunk edge, at and after a document start, and at random, all at most `limit`.
-
-    A target's score may depend on nothing from its own token on, so at chunk edge e (the first target of a chunk) both tokens e (last
-    target before) and e + 1 (first target after) are taken. At least two places are random: edges often coincide with the ends of
-    windows, where a leak inside a window has nothing to see.
-    """
-    limit = min(limit, len(tokens) - 1)
-    inner = [e for e in edges if 0 < e < limit]
-    places = [p for e in inner[-1:] for p in (e, e + 1)]
-    starts = (tokens[1:limit] == bos_id).nonzero().squeeze(1) + 1
-    if len(starts):
-        start = int(starts[len(starts) // 2])
-        places += [start, start + 1]
-    generator = torch.Generator().manual_seed(seed)
-    random = max(2, count - len(places))
-    places += torch.randint(1, limit + 1, (random,), generator=generator).tolist()
-    return sorted({p for p in places if 1 <= p <= limit})
+def draw_targets(ledger: Ledger, count: int) -> list[int]:
+    """`count` targets (all of them where there are no more), ascending, from a hash of every score: known to nobody before the run has ended."""
+    seed = hashlib.sha256(np.ascontiguousarray(ledger.nll.numpy()).tobytes()).digest()
+    generator = np.random.default_rng(int.from_bytes(seed, "little"))
+    return sorted(generator.choice(len(ledger.nll), min(count, len(ledger.nll)), replace=False).tolist())
 
 
-def perturb(tokens: Tensor, place: int, vocab_size: int, seed: int = 0) -> Tensor:
-    """`tokens` with the one at `place` and every one after it replaced by another."""
-    generator = torch.Generator().manual_seed(seed + place)
-    changed = tokens.clone()
-    tail = changed[place:].long()
-    shift = torch.randint(1, vocab_size, tail.shape, generator=generator)
-    changed[place:] = ((tail + shift) % vocab_size).to(changed.dtype)
-    return changed
+def check_blind(replica: Replica, tokens: Tensor, trace: Trace, targets: Sequence[int]) -> list[Check]:
+    """Causality: the recorded score of each drawn target is the one that a process gives to which neither the target nor what follows it
+    has been told. Normalization: that process's distributions sum to 1 and are nowhere negative."""
+    text, nll = tokens.numpy(), trace.ledger.nll.numpy()
+    gaps, sums, lowest = [], [], math.inf
+    try:
+        for target in targets:
+            replica.feed(text[replica.known : target + 1])
+            row = replica.rows(target, target + 1)[0].astype(np.float64)
+            gap = abs(nll[target] + math.log(max(row[text[target + 1]], 1e-45)))
+            gaps.append(gap if math.isfinite(gap) else math.inf)
+            sums.append(abs(row.sum() - 1) if np.isfinite(row).all() else math.inf)
+            lowest = min(lowest, row.min())
+    except ReplicaError as error:
+        return [Check(name, NOT_CHECKED, f"after {len(gaps)} targets {error}", "blind replica") for name in ("causality", "normalization")]
+    if not gaps:
+        return [Check(name, NOT_CHECKED, "no target was looked at", "blind replica") for name in ("causality", "normalization")]
+    wrong = [target for target, gap in zip(targets, gaps) if gap > SCORE_TOLERANCE]
+    figure = f"{len(gaps):,} of {len(nll):,} targets: largest |recorded - blind| {max(gaps):.2g} nats"
+    figure += f", {len(wrong):,} differ, the first at target {wrong[0]:,}" if wrong else ""
+    figure += f"; a cheat at 1 % of the targets is missed with probability {0.99 ** len(gaps):.1g}"
+    status = replica.sandbox_status
+    shut = f"sandbox: {', '.join(status['means'])}" if replica.sandboxed else "no sandbox: it could have read the text"
+    what = f"targets drawn by a hash of all scores; a new process, told no token beyond them, must give the same ({shut})"
+    normal = max(sums) <= NORMALIZATION_TOLERANCE and lowest >= 0
+    return [
+        Check("causality", FAIL if wrong else PASS, figure, what),
+        Check(
+            "normalization",
+            PASS if normal else FAIL,
+            f"largest |sum - 1| {max(sums):.2g}, least probability {lowest:.2g}",
+            f"the replica's full distributions of {len(gaps):,} targets",
+        ),
+    ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Allowance:
-    """By how much a rerun's score may differ from the first run's at each position, nats: 0 everywhere on a CPU."""
-
-    tolerance: float = 0.0
-    noise: Tensor | None = None  # float64 [N]: largest difference that an unchanged rerun showed up to each position
-
-    def at(self, positions: slice) -> Tensor | float:
-        return self.tolerance if self.noise is None else self.tolerance + 4 * self.noise[positions]
-
-    def __str__(self) -> str:
-        if self.noise is None:
-            return "bitwise" if self.tolerance == 0 else f"within {self.tolerance:g} nats"
-        return f"within {self.tolerance:g} nats + 4 times what a rerun of the unchanged text differs (so far: up to {self.noise.max().item():.2g})"
-
-
-def measure_noise(evaluator: Evaluator, tokens: Tensor, trace: Trace, limit: int, tolerance: float) -> Allowance:
-    """Run again unchanged, as GPU gradients (atomic additions) are not reproducible. Before the first weight update this finds nothing,
-    and what comes after may not differ by more than the noise that has been there before it."""
-    again = evaluator.run(tokens, stop=limit)
-    gap = (again.ledger.nll - trace.ledger.nll).abs().nan_to_num(0.0)
-    return Allowance(tolerance, gap.cummax(0).values)
-
-
-def check_causality(
-    evaluator: Evaluator, tokens: Tensor, trace: Trace, places: Sequence[int], vocab_size: int, allowance: Allowance = Allowance()
-) -> Check:
-    """For each place j: replace tokens j.., run again, and compare every target before token j, and the distribution of token j itself."""
-    compared, worst, where, rows, leaks = 0, 0.0, -1, 0, 0
-    for place in places:
-        changed = evaluator.run(perturb(tokens, place, vocab_size), stop=place, sample=[place - 1])
-        before = slice(0, place - 1)
-        gap = (changed.ledger.nll[before] - trace.ledger.nll[before]).abs()
-        gap = torch.where(gap.isnan(), math.inf, gap)  # a target one run scored and the other did not
-        compared += gap.numel()
-        leaks += int((gap > allowance.at(before)).sum())
-        if gap.numel() and gap.max() > worst:
-            worst, where = gap.max().item(), int(gap.argmax())
-        if place - 1 in trace.rows and place - 1 in changed.rows:
-            # A probability moves by at most its |log ratio|: the same allowance serves.
-            difference = (trace.rows[place - 1].double() - changed.rows[place - 1].double()).abs().max().item()
-            rows += 1
-            leaks += int((torch.tensor([difference]) > allowance.at(slice(place - 1, place))).sum())
-            if difference > worst:
-                worst, where = difference, place - 1
-    verdict = NOT_CHECKED if not places else FAIL if leaks else PASS
-    figure = f"{compared:,} earlier scores and {rows} next-token distributions compared, largest difference {worst:.3g}"
-    figure += f", {leaks:,} beyond what is allowed, the largest at position {where}" if leaks else ""
-    return Check("causality", verdict, figure, f"replaced all tokens from {list(places)} on and ran again; must agree {allowance}")
-
-
-def check_documents(
-    evaluator: Evaluator, tokens: Tensor, trace: Trace, vocab_size: int, limit: int, bos_id: int = 1, allowance: Allowance = Allowance()
-) -> Check:
-    """Where documents are claimed to be independent: change the document before a document start; the next one's scores must stay."""
-    name, what = "document independence", "changed one document and compared the scores of the next"
-    if not evaluator.documents_independent:
+def check_documents(replica: Replica | None, tokens: Tensor, trace: Trace, bos_id: int = 1, most: int = 256) -> Check:
+    """Where documents are claimed to be independent: a replica gets another first document of the same length; the scores of the second one
+    must stay. replica: a fresh one; None where nothing of the kind is claimed."""
+    name, what = "document independence", "another first document; the second one's scores compared"
+    if replica is None:
         return Check(name, NOT_CHECKED, "not claimed: a target may depend on all text before it", what)
     starts = (tokens == bos_id).nonzero().squeeze(1).tolist() + [len(tokens) - 1]
-    if len(starts) < 3:
+    pair = next(((a, b, end) for a, b, end in zip(starts, starts[1:], starts[2:]) if b - a > 1 and end > b), None)
+    if pair is None:
         return Check(name, NOT_CHECKED, "fewer than two documents", what)
-    worst, compared, leaks = 0.0, 0, 0
-    for first, second, end in list(zip(starts, starts[1:], starts[2:]))[:4]:
-        if second >= limit or second - first < 2:
-            continue
-        changed = tokens.clone()
-        body = slice(first + 1, second)
-        shift = 1 + torch.arange(second - first - 1) % max(vocab_size - 3, 1)
-        # Another document of the same length: its tokens stay ordinary ones, so that the starts do not move.
-        changed[body] = (2 + (changed[body].long() - 2 + shift) % (vocab_size - 2)).to(tokens.dtype)
-        end = min(end, limit)
-        after = evaluator.run(changed, stop=end)
-        gap = (after.ledger.nll[second:end] - trace.ledger.nll[second:end]).abs()
-        if gap.numel():
-            compared, worst = compared + gap.numel(), max(worst, gap.max().item())
-            leaks += int((gap > allowance.at(slice(second, end))).sum())
-    verdict = NOT_CHECKED if not compared else FAIL if leaks else PASS
-    return Check(name, verdict, f"{compared:,} scores compared, largest difference {worst:.3g}", what)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Normalization
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def check_normalization(
-    evaluator: Evaluator, tokens: Tensor, trace: Trace, places: Sequence[int], vocab_size: int, allowance: Allowance = Allowance()
-) -> Check:
-    """The distributions at sampled positions sum to 1, are nowhere negative, and are what the scores were read from.
-
-    The last point does not take the evaluator's word: at each place the target is exchanged for other tokens, the evaluation is run again, and
-    what it then claims for the exchanged target must be that token's entry of the distribution shown for the original text.
-    """
-    if not trace.rows:
-        return Check("normalization", NOT_CHECKED, "no distribution was sampled", "")
-    sums = {t: abs(row.double().sum().item() - 1) for t, row in trace.rows.items()}
-    lowest = min(row.min().item() for row in trace.rows.values())
-    worst_sum = max(sums.values())
-
-    def gap(nll: Tensor, t: int, token: int) -> float:
-        return abs(nll[t].item() + math.log(max(trace.rows[t][token].item(), 1e-38)))
-
-    # A score is float32 log p and its rounding grows with |log p|: 2e-5 nats are no difference.
-    gaps = [gap(trace.ledger.nll, t, int(tokens[t + 1])) for t in trace.rows]
-    apart, exchanged = sum(g > 2e-5 for g in gaps), 0
-    for place in places:
-        t = place - 1
-        if t not in trace.rows:
-            continue
-        for shift in (1, vocab_size // 2):
-            changed = tokens.clone()
-            changed[place] = (int(tokens[place]) + shift) % vocab_size
-            gaps.append(gap(evaluator.run(changed, stop=place).ledger.nll, t, int(changed[place])))
-            apart += int(torch.as_tensor(gaps[-1] > allowance.at(slice(t, t + 1)) + 2e-5))
-            exchanged += 1
-    worst_gap = max(gaps)
-    finite = all(torch.isfinite(row).all() and row.numel() == vocab_size for row in trace.rows.values())
-    good = finite and worst_sum <= NORMALIZATION_TOLERANCE and lowest >= 0 and not apart
-    figure = f"largest |sum - 1| {worst_sum:.2g}, least probability {lowest:.2g}, largest |score + log p(target)| {worst_gap:.2g} nats"
-    what = f"full distribution at {len(trace.rows)} positions; {exchanged} reruns with the target exchanged for another token"
-    return Check("normalization", PASS if good else FAIL, figure, what)
+    first, second, end = pair
+    end = min(end, second + most)
+    changed = tokens[:end].long()
+    ordinary = replica.vocab_size - 2
+    # Its tokens stay ordinary ones, so that the starts do not move.
+    shift = 1 + torch.arange(second - first - 1) % max(ordinary - 1, 1)
+    changed[first + 1 : second] = 2 + (changed[first + 1 : second] - 2 + shift) % ordinary
+    try:
+        replica.feed(changed.numpy())
+        rows = torch.from_numpy(replica.rows(second, end).copy()).double()
+    except ReplicaError as error:
+        return Check(name, NOT_CHECKED, str(error), what)
+    nll = -rows.gather(1, tokens[second + 1 : end + 1, None].long()).squeeze(1).log()
+    worst = (nll - trace.ledger.nll[second:end]).abs().nan_to_num(math.inf).max().item()
+    verdict = PASS if worst <= DOCUMENT_TOLERANCE else FAIL
+    return Check(name, verdict, f"{end - second:,} scores compared, largest difference {worst:.3g}", what)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,7 +216,7 @@ def check_single_pass(trace: Trace) -> Check:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bytes, documents, size
+# The text: all of it, its bytes, its documents
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -313,18 +230,45 @@ def decoded_documents(tokens: Tensor, tokenizer, bos_id: int = 1) -> list[bytes]
     return [text.encode() for text in tokenizer.decode(pieces)]
 
 
-def check_bytes(trace: Trace, raw_bytes: Mapping[str, int]) -> Check:
-    """The bytes that the score is divided by are the raw text's. raw_bytes: how they were counted -> count."""
+def bytes_before_the_first_target(tokens: Tensor, tokenizer, bos_id: int = 1) -> int:
+    """Bytes of token 0's text, which is no target: 0 where it is BOS, as in every stream that begins with a document."""
+    return 0 if int(tokens[0]) == bos_id else len(tokenizer.decode([int(tokens[0])]).encode())
+
+
+def check_whole_text(tokens_read: int, tokens_there: int, manifest: Mapping | None) -> Check:
+    """The evaluation read all of the validation split, and the split is what its manifest says."""
+    listed = manifest["splits"]["val"]["tokens"] if manifest else tokens_there
+    figure = f"{tokens_read:,} of {tokens_there:,} tokens"
+    figure += f"; the manifest says {listed:,}" if listed != tokens_there else ""
+    good = tokens_read == tokens_there
+    verdict = FAIL if listed != tokens_there else PASS if good else NOT_CHECKED
+    return Check(
+        "whole text", verdict, figure, "EVAL_TOKENS evaluates a part, which is no score of the text" if not good else "validation shards"
+    )
+
+
+def check_bytes(trace: Trace, raw_bytes: Mapping[str, int], of_raw_text: bool) -> Check:
+    """The bytes that the score is divided by are the raw text's. raw_bytes: how they were counted -> count. of_raw_text: whether one of them
+    was counted before tokenization; decoding cannot tell what a tokenizer changed, so without that nothing is proven."""
     wrong = {how: count for how, count in raw_bytes.items() if count != trace.bytes_scored}
     figure = f"divided by {trace.bytes_scored:,} bytes; " + ", ".join(f"{how}: {count:,}" for how, count in raw_bytes.items())
-    verdict = NOT_CHECKED if not raw_bytes else FAIL if wrong else PASS
-    return Check("byte count", verdict, figure, "every token decoded, UTF-8 bytes counted without the byte table")
+    figure += "" if of_raw_text else "; no count of the raw text to hold it against"
+    verdict = FAIL if wrong else PASS if of_raw_text else NOT_CHECKED
+    return Check(
+        "byte count",
+        verdict,
+        figure,
+        "every token decoded, UTF-8 bytes counted without the byte table; the builder's count of the raw text",
+    )
 
 
-def check_disjoint(data_path: str | Path, manifest: Mapping | None, documents: Sequence[bytes] | None = None) -> Check:
+def check_disjoint(
+    data_path: str | Path, manifest: Mapping | None, documents: Sequence[bytes] | None = None, these_trained: bool = False
+) -> Check:
     """No validation document is a training document, by the document hashes (first 16 bytes of SHA-256) that the builder stored.
 
     documents: the evaluated texts; their hashes must be those stored for validation, so that the lists are about this very text.
+    these_trained: whether the artifact says that it was trained on the shards beside these lists; they say nothing about others.
     """
     name, what = "documents disjoint", "document hashes of both splits, from the files that the manifest names"
     hashes: dict[str, np.ndarray] = {}
@@ -345,15 +289,79 @@ def check_disjoint(data_path: str | Path, manifest: Mapping | None, documents: S
             return Check(name, FAIL, "the evaluated documents are not those whose hashes are stored", what)
     common = len(set(hashes["val"].tolist()) & set(hashes["train"].tolist()))
     figure = f"{common} of {len(hashes['val']):,} validation documents among {len(hashes['train']):,} training documents"
-    return Check(name, FAIL if common else PASS, figure, what + (" (re-hashed from the evaluated tokens)" if documents is not None else ""))
+    what += " (re-hashed from the evaluated tokens)" if documents is not None else ""
+    if not common and not these_trained:
+        return Check(name, NOT_CHECKED, figure + "; but the artifact does not say that it was trained on these", what)
+    return Check(name, FAIL if common else PASS, figure, what)
 
 
-def check_size(bytes_model: int, bytes_code: int, limit: int) -> Check:
-    total = bytes_model + bytes_code
-    figure = f"model {bytes_model:,} + code {bytes_code:,} = {total:,} of {limit:,} bytes"
-    return Check("size", PASS if total <= limit else FAIL, figure, "files on disk, decimal megabytes")
+def check_training_text(trained_on: str | None, here: str | None) -> Check:
+    """What is known of the training text: what the artifact says, which is all there is. Never more than "not checked"."""
+    claim = "the artifact does not say which shards it saw"
+    if trained_on:
+        same = "the ones in DATA_PATH" if trained_on == here else "others than are in DATA_PATH"
+        claim = f"the artifact says it saw training shards {trained_on[:16]}, {same}"
+    return Check("training text", NOT_CHECKED, f"not verifiable: {claim}", "only text newer than the artifact's hash proves more")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer and size
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_counts(tokenizer) -> bool:
+    """Whether the tokenizer's bytes count in the size. The challenge gives a tokenizer with the data and counts code and model; what has the form
+    of such a one, no piece longer than PLAIN_PIECE characters, is left out. A longer piece is text, and text is paid for."""
+    return longest_piece(tokenizer) > PLAIN_PIECE
+
+
+def longest_piece(tokenizer) -> int:
+    """Characters of the longest ordinary piece."""
+    ordinary = (
+        i for i in range(tokenizer.vocab_size()) if not (tokenizer.is_byte(i) or tokenizer.is_control(i) or tokenizer.is_unknown(i))
+    )
+    return max((len(tokenizer.id_to_piece(i)) for i in ordinary), default=0)
+
+
+def check_tokenizer(tokenizer, manifest: Mapping | None) -> Check:
+    """The tokenizer fits the validation text no better than the training text: text of the one split in its pieces would show."""
+    name, what = (
+        "tokenizer",
+        f"bytes a token in both splits; above {FITTED_TOKENIZER:g} times training's it was made for the validation text",
+    )
+    length = f"longest piece {longest_piece(tokenizer)} characters"
+    rates = {}
+    for split in ("val", "train"):
+        entry = ((manifest or {}).get("splits", {}).get(split)) or {}
+        if not entry.get("tokens") or not entry.get("raw_bytes"):
+            return Check(name, NOT_CHECKED, f"{length}; the data folder's manifest does not count both splits", what)
+        rates[split] = entry["raw_bytes"] / entry["tokens"]
+    fitted = rates["val"] > FITTED_TOKENIZER * rates["train"]
+    figure = f"{length}; {rates['val']:.2f} bytes a token in validation, {rates['train']:.2f} in training"
+    return Check(name, FAIL if fitted else PASS, figure, what)
+
+
+def check_size(bytes_model: int, bytes_code: int, bytes_tokenizer: int, tokenizer_counted: bool, limit: int) -> Check:
+    total = bytes_model + bytes_code + bytes_tokenizer * tokenizer_counted
+    figure = f"model {bytes_model:,} + code {bytes_code:,} "
+    figure += f"+ tokenizer {bytes_tokenizer:,} = " if tokenizer_counted else "= "
+    figure += f"{total:,} of {limit:,} bytes"
+    figure += "" if tokenizer_counted else f"; tokenizer {bytes_tokenizer:,} beside it"
+    rule = f"files on disk, decimal megabytes; a tokenizer counts if a piece is longer than {PLAIN_PIECE} characters"
+    return Check("size", PASS if total <= limit else FAIL, figure, rule)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verdict
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def missing(checks: Sequence[Check]) -> list[str]:
+    """Mandatory checks that did not run, or found nothing to look at."""
+    passed = {check.name for check in checks if check.verdict in (PASS, FAIL)}
+    return [name for name in MANDATORY if name not in passed]
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """ "fail" if any check failed, else "pass"; what was not checked is not held against the score, but is listed."""
-    return FAIL if any(check.verdict == FAIL for check in checks) else PASS
+    """ "fail" if any check failed, "pass" if every mandatory one passed, else "incomplete"."""
+    return FAIL if any(check.verdict == FAIL for check in checks) else INCOMPLETE if missing(checks) else PASS

@@ -1,253 +1,103 @@
-"""The auditor, tried on evaluators that cheat on purpose: each must be caught, and by the check meant for it."""
+"""The auditor, tried on evaluations that cheat on purpose: each must be caught, and by the check meant for it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from pathlib import Path
 
+import cheats
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from data.shards import load_manifest
 from parts import audit
-from parts.audit import FAIL, NOT_CHECKED, PASS, Ledger, Trace
+from parts.audit import FAIL, INCOMPLETE, NOT_CHECKED, PASS, Ledger, Trace
+from parts.replica import Replica
 
-VOCAB, CHUNK, BOS = 13, 16, 1
-BYTES_A_TOKEN = 2
+HERE = Path(__file__).resolve().parent
+VOCAB, BOS = 13, 1
 
 
-def text(n: int = 101, seed: int = 0) -> Tensor:
-    """Documents of 10 to 20 tokens, each starting with BOS."""
-    g = torch.Generator().manual_seed(seed)
-    tokens: list[int] = []
+def text(n: int = 501) -> Tensor:
+    """Tokens of which each follows its predecessor in one of three ways."""
+    generator, tokens = np.random.default_rng(3), [1]
     while len(tokens) < n:
-        tokens += [BOS, *torch.randint(2, VOCAB, (int(torch.randint(9, 20, (1,), generator=g)),), generator=g).tolist()]
-    return torch.tensor(tokens[:n])
+        tokens.append((5 * tokens[-1] + int(generator.choice([0, 1, 4], p=[0.7, 0.2, 0.1]))) % VOCAB)
+    return torch.tensor(tokens, dtype=torch.int32)
 
 
-class Honest:
-    """A bigram model whose bonus for tokens it has met is learned chunk by chunk, score first; no document sees another if it doesn't learn."""
-
-    learns = True
-
-    def __init__(self):
-        self.table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(9))
-
-    @property
-    def documents_independent(self) -> bool:
-        return not self.learns
-
-    def logits(self, tokens: Tensor, at: Tensor) -> Tensor:
-        return self.table[tokens[at]]
-
-    def distributions(self, tokens: Tensor, at: Tensor, counts: Tensor) -> Tensor:
-        """Full distributions [n, V] of targets `at`; the strict past and `counts` are all they may use."""
-        return (self.logits(tokens, at) + torch.log1p(counts)).softmax(-1)
-
-    def claims(self, tokens: Tensor, at: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-        """Probabilities [n] that are scored."""
-        return rows.gather(1, tokens[at + 1, None]).squeeze(1)
-
-    def chunks(self, targets: int) -> list[tuple[int, int]]:
-        return [(a, min(a + CHUNK, targets)) for a in range(0, targets, CHUNK)]
-
-    def bytes_of(self, tokens: Tensor, scored: Tensor) -> int:
-        return int((tokens[1:][scored] != BOS).sum()) * BYTES_A_TOKEN
-
-    def run(self, tokens: Tensor, stop: int = 0, sample=()) -> Trace:
-        targets, counts = len(tokens) - 1, torch.zeros(VOCAB)
-        trace = Trace(Ledger(targets), 0)
-        for a, b in self.chunks(targets):
-            self.chunk(trace, tokens, a, b, counts, set(sample))
-            if stop and b >= stop:
-                break
-        trace.bytes_scored = self.bytes_of(tokens, trace.scored)
-        return trace
-
-    def chunk(self, trace: Trace, tokens: Tensor, a: int, b: int, counts: Tensor, sample: set[int]) -> None:
-        self.score(trace, tokens, a, b, counts, sample)
-        self.learn(trace, tokens, a, b, counts)
-
-    def score(self, trace: Trace, tokens: Tensor, a: int, b: int, counts: Tensor, sample: set[int]) -> None:
-        at = torch.arange(a, b)
-        rows = self.distributions(tokens, at, counts)
-        trace.ledger.score(slice(a, b), -self.claims(tokens, at, counts, rows).log())
-        trace.rows |= {t: self.shown(rows[t - a], tokens, t, counts) for t in sample if a <= t < b}
-
-    def shown(self, row: Tensor, tokens: Tensor, t: int, counts: Tensor) -> Tensor:
-        return row
-
-    def learn(self, trace: Trace, tokens: Tensor, a: int, b: int, counts: Tensor) -> None:
-        if self.learns:
-            trace.ledger.use(slice(a, b), "counts")
-            counts += torch.bincount(tokens[a + 1 : b + 1], minlength=VOCAB)
+def recorded(cheat: type[cheats.Evaluation], tokens: Tensor) -> Trace:
+    """The evaluation that is reported, in a process that has the whole text: an earlier pass, then every score into the ledger."""
+    whole = tokens.numpy().astype(np.int64)
+    evaluation = cheat(len(whole) - 1, VOCAB)
+    evaluation.prepare(whole)
+    evaluation.feed(whole)
+    claims = [evaluation.claim(t, evaluation.row(t).astype(np.float32)) for t in range(len(whole) - 1)]
+    trace = Trace(Ledger(len(whole) - 1), bytes_scored=len(whole) - 1)
+    for start in range(0, len(claims), cheats.CHUNK):
+        part = slice(start, min(start + cheats.CHUNK, len(claims)))
+        trace.ledger.score(part, -torch.tensor(claims[part], dtype=torch.float64).log())
+        trace.ledger.use(part, "counts")
+    return trace
 
 
-class Static(Honest):
-    learns = False
+def blind(cheat: type[cheats.Evaluation], tokens: Tensor, trace: Trace, count: int = 128) -> dict[str, audit.Check]:
+    """What a new process that runs the same code says to it."""
+    command = [sys.executable, HERE / "cheats.py", cheat.__name__]
+    with Replica(command, len(tokens) - 1, VOCAB) as replica:
+        return {check.name: check for check in audit.check_blind(replica, tokens, trace, audit.draw_targets(trace.ledger, count))}
 
 
-class TargetKeyedCache(Honest):
-    """Adds what a cache keyed by the target says of the true token alone; as its "distribution" it shows what it would claim of each."""
-
-    def claims(self, tokens, at, counts, rows):
-        return (super().claims(tokens, at, counts, rows) + 0.4 * (counts[tokens[at + 1]] > 0)).clamp(max=0.99)
-
-    def shown(self, row, tokens, t, counts):
-        return (row + 0.4 * (counts > 0)).clamp(max=0.99)
-
-
-class TargetKeyedCacheInDisguise(TargetKeyedCache):
-    """The same, showing the auditor the honest distribution."""
-
-    def shown(self, row, tokens, t, counts):
-        return row
-
-
-class PeeksAtTheTarget(Honest):
-    """Normalized rows, but sharpened where the target happens to be the likeliest token; the row shown is the one scored."""
-
-    def distributions(self, tokens, at, counts):
-        logits = self.logits(tokens, at) + torch.log1p(counts)
-        right = logits.argmax(-1) == tokens[at + 1]
-        return torch.where(right[:, None], 3 * logits, logits).softmax(-1)
-
-
-class RescoresAfterUpdate(Honest):
-    """Learns from the chunk, then scores it."""
-
-    def chunk(self, trace, tokens, a, b, counts, sample):
-        self.learn(trace, tokens, a, b, counts)
-        self.score(trace, tokens, a, b, counts, sample)
-
-
-class SmearsAcrossDocuments(Static):
-    """Blends in the previous token without looking whether it belongs to the same document, and still claims independence."""
-
-    def logits(self, tokens, at):
-        return self.table[tokens[at]] + self.table[tokens[(at - 1).clamp_min(0)]]
-
-
-class SmearsFromTheFuture(Static):
-    """Blends in the token after the target."""
-
-    def logits(self, tokens, at):
-        return self.table[tokens[at]] + 0.1 * self.table[tokens[(at + 2).clamp_max(len(tokens) - 1)]]
-
-
-class MeanOverTime(Static):
-    """Subtracts a mean over the whole chunk, future positions included (XSA as it was once written)."""
-
-    def logits(self, tokens, at):
-        rows = self.table[tokens[at]]
-        return rows - 0.5 * rows.mean(0)
-
-
-class CountsSpacesTwice(Honest):
-    """Bytes +17 %."""
-
-    def bytes_of(self, tokens, scored):
-        return int(super().bytes_of(tokens, scored) * 1.17)
-
-
-class OverlappingWindows(Static):
-    """Every chunk after the first starts three targets early."""
-
-    def chunks(self, targets):
-        return [(max(a - 3, 0), b) for a, b in super().chunks(targets)]
-
-
-class DropsTheTail(Static):
-    """Scores whole chunks only."""
-
-    def chunks(self, targets):
-        return [(a, b) for a, b in super().chunks(targets) if b - a == CHUNK]
-
-
-class PicksTheBetterPass(Honest):
-    """Scores each chunk again after learning from it and keeps the better of the two losses."""
-
-    def chunk(self, trace, tokens, a, b, counts, sample):
-        super().chunk(trace, tokens, a, b, counts, sample)
-        first = trace.ledger.nll[a:b].clone()
-        self.score(trace, tokens, a, b, counts, set())
-        trace.ledger.nll[a:b] = torch.minimum(trace.ledger.nll[a:b], first)
-
-
-def examine(evaluator, tokens: Tensor | None = None) -> dict[str, str]:
-    """name -> verdict of all checks that take an evaluator."""
-    tokens = text() if tokens is None else tokens
-    limit = len(tokens) - 1
-    places = audit.plan_places(tokens, edges=range(0, limit, CHUNK), limit=limit, count=8)
-    sample = {0, 5, 40, limit - 1, *(place - 1 for place in places)}
-    trace = evaluator.run(tokens, sample=sample)
-    raw = int((tokens[1:] != BOS).sum()) * BYTES_A_TOKEN
-    checks = [
-        audit.check_causality(evaluator, tokens, trace, places, VOCAB),
-        audit.check_documents(evaluator, tokens, trace, VOCAB, limit),
-        audit.check_normalization(evaluator, tokens, trace, places, VOCAB),
-        audit.check_score_before_update(trace),
-        audit.check_single_pass(trace),
-        audit.check_bytes(trace, {"decoded text": raw}),
-    ]
-    assert all(check.figure and check.line() for check in checks)
-    assert audit.verdict(checks) == (FAIL if any(check.verdict == FAIL for check in checks) else PASS)
-    return {check.name: check.verdict for check in checks}
-
-
-def test_honest_evaluators_pass_everything():
-    learning, still = examine(Honest()), examine(Static())
-    assert set(learning.values()) <= {PASS, NOT_CHECKED} and learning["document independence"] == NOT_CHECKED
-    assert set(still.values()) == {PASS}
-
-
-@pytest.mark.parametrize(
-    "cheat,meant,others",
-    [
-        (TargetKeyedCache, "normalization", set()),
-        (TargetKeyedCacheInDisguise, "normalization", set()),
-        (PeeksAtTheTarget, "normalization", {"causality"}),  # its distribution moves with the target: both see it
-        (RescoresAfterUpdate, "score before update", {"causality", "normalization"}),  # the chunk's scores know the chunk
-        (SmearsAcrossDocuments, "document independence", set()),
-        (SmearsFromTheFuture, "causality", {"document independence"}),
-        (MeanOverTime, "causality", {"document independence", "normalization"}),
-        (CountsSpacesTwice, "byte count", set()),
-        (OverlappingWindows, "single pass", set()),
-        (DropsTheTail, "single pass", {"byte count", "causality", "normalization"}),
-        (PicksTheBetterPass, "score before update", {"single pass", "causality", "normalization"}),
-    ],
-)
-def test_cheats_are_caught_by_the_check_meant_for_them(cheat, meant, others):
-    verdicts = examine(cheat())
-    failed = {name for name, verdict in verdicts.items() if verdict == FAIL}
-    assert meant in failed and failed <= {meant} | others, verdicts
-
-
-def test_tolerance_is_what_separates_noise_from_a_leak():
-    """With noise of 1e-6 nats, as on a GPU, the strict comparison fails; a tolerance or the measured noise lets it pass, and no leak."""
-
-    class Noisy(Static):
-        def claims(self, tokens, at, counts, rows):
-            self.runs = getattr(self, "runs", 0) + 1
-            return super().claims(tokens, at, counts, rows) * (1 + 1e-6 * self.runs)
-
+def test_an_honest_evaluation_passes():
     tokens = text()
-    for evaluator, strict, loose in ((Noisy(), FAIL, PASS), (MeanOverTime(), FAIL, FAIL)):
-        trace = evaluator.run(tokens)
-        assert audit.check_causality(evaluator, tokens, trace, [40, 77], VOCAB).verdict == strict
-        assert audit.check_causality(evaluator, tokens, trace, [40, 77], VOCAB, audit.Allowance(0.02)).verdict == loose
-        measured = audit.measure_noise(evaluator, tokens, trace, 100, tolerance=1e-8)
-        assert audit.check_causality(evaluator, tokens, trace, [40, 77], VOCAB, measured).verdict == loose, measured
+    checks = blind(cheats.Evaluation, tokens, recorded(cheats.Evaluation, tokens))
+    assert [check.verdict for check in checks.values()] == [PASS, PASS] and "128 of 500" in checks["causality"].figure
+    assert "no sandbox" in checks["causality"].what  # this one was started without, and the report says so
 
 
-def test_places_cover_edges_and_document_starts():
-    tokens = text(400)
-    places = audit.plan_places(tokens, edges=[0, 64, 128, 192], limit=150, count=6)
-    assert {128, 129} <= set(places) and max(places) <= 150 and len(places) >= 5
-    assert any(tokens[p] == BOS for p in places) and any(tokens[p - 1] == BOS for p in places)
-    changed = audit.perturb(tokens, 77, VOCAB)
-    assert torch.equal(changed[:77], tokens[:77]) and (changed[77:] != tokens[77:]).all() and changed.max() < VOCAB
+CHEATS = {
+    # Own target at every 53rd place: at the default of 512 draws one in 53 is missed with probability 6e-5, one in 997 with 0.6.
+    "RareOwnTarget": 500, "LateOwnTarget": 128, "BatchComposition": 128, "TrainsOnTheNextChunk": 128, "TrainsOneTargetTooFar": 500,
+    "RateChosenByTheFinalScore": 128, "BestTemperature": 128, "BestTemperaturePerChunk": 500, "BoostsTheRightFirstRank": 128,
+    "ClaimsWhatNobodyLooksAt": 128, "ReplaysAnEarlierRun": 128, "InventsItsTrace": 128, "MixesAfterTheTarget": 128,
+    "MixesABlockInHindsight": 500, "CountsBeforeItScores": 128, "PrefilledTables": 128, "CalibratedOnTheText": 128,
+    "TemperatureTunedBeforehand": 128, "NeverReset": 128, "LearnsFromAGlobalCopy": 128, "CachesWindows": 128, "NoisyWithALeak": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_score_that_rests_on_more_than_the_past_fails_causality(name):
+    tokens, cheat = text(), getattr(cheats, name)
+    trace = recorded(cheat, tokens)
+    checks = blind(cheat, tokens, trace, CHEATS[name])
+    assert checks["causality"].verdict == FAIL and "the first at target" in checks["causality"].figure, checks["causality"].line()
+    # The order of events, which the evaluation reports itself, tells nothing of any of them.
+    assert audit.check_score_before_update(trace).verdict == audit.check_single_pass(trace).verdict == PASS
+
+
+def test_rows_that_are_no_distributions_fail_normalization_and_a_dead_replica_proves_nothing():
+    tokens = text()
+    checks = blind(cheats.NotNormalized, tokens, recorded(cheats.NotNormalized, tokens))
+    assert (checks["causality"].verdict, checks["normalization"].verdict) == (PASS, FAIL)
+    checks = blind(cheats.Stops, tokens, recorded(cheats.Evaluation, tokens))
+    assert {check.verdict for check in checks.values()} == {NOT_CHECKED} and "no more" in checks["causality"].figure
+    assert audit.verdict([*checks.values()]) == INCOMPLETE
+
+
+def test_targets_are_drawn_by_the_scores_themselves():
+    ledger = recorded(cheats.Evaluation, text()).ledger
+    drawn = audit.draw_targets(ledger, 60)
+    assert drawn == sorted(set(drawn)) == audit.draw_targets(ledger, 60) and len(drawn) == 60
+    assert min(drawn) < 50 and max(drawn) > 450  # all over the text
+    ledger.nll[77] += 1e-12
+    assert audit.draw_targets(ledger, 60) != drawn and audit.draw_targets(ledger, 9999) == list(range(500))
+
+
+# ---- order and coverage ----
 
 
 def test_ledger_times_events():
@@ -263,9 +113,79 @@ def test_ledger_times_events():
     assert audit.check_score_before_update(trace).verdict == FAIL
 
 
+@pytest.mark.parametrize("chunks,check", [
+    ([(0, 8), (5, 16)], audit.check_single_pass),  # overlapping windows
+    ([(0, 8)], audit.check_single_pass),  # the tail is dropped
+    ([(0, 8), (8, 16), (0, 8)], audit.check_score_before_update),  # scored again after learning, the better kept
+])  # fmt: skip
+def test_what_the_ledger_shows_fails(chunks, check):
+    trace = Trace(Ledger(16), 16)
+    for start, end in chunks:
+        trace.ledger.score(slice(start, end), torch.ones(end - start))
+        trace.ledger.use(slice(start, end), "counts")
+    assert check(trace).verdict == FAIL
+
+
+# ---- bytes, documents, tokenizer, size ----
+
+
+def trace_of(bytes_scored: int) -> Trace:
+    return Trace(recorded(cheats.Evaluation, text(20)).ledger, bytes_scored)
+
+
+def test_bytes_are_those_of_the_raw_text_or_nothing_is_proven():
+    """A normalizer that inflates, folds or drops agrees with its own decoding: without a count of the raw text that is no PASS."""
+    good = audit.check_bytes(trace_of(40), {"decoded text": 40, "manifest": 40}, of_raw_text=True)
+    inflated = audit.check_bytes(trace_of(80), {"decoded text": 80, "manifest": 40}, of_raw_text=True)
+    unknown = audit.check_bytes(trace_of(80), {"decoded text": 80}, of_raw_text=False)
+    wrong = audit.check_bytes(trace_of(80), {"decoded text": 70}, of_raw_text=False)
+    assert [check.verdict for check in (good, inflated, unknown, wrong)] == [PASS, FAIL, NOT_CHECKED, FAIL]
+    assert audit.verdict([unknown]) == INCOMPLETE and "byte count" in audit.missing([unknown])
+
+
+class Tokenizer:
+    """As much of a SentencePieceProcessor as is asked for."""
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = pieces
+        self.vocab_size, self.id_to_piece = (lambda: len(pieces)), pieces.__getitem__
+        self.is_control = self.is_unknown = lambda i: pieces[i].startswith("<")
+        self.is_byte = lambda i: False
+
+    def decode(self, ids):
+        return "".join(self.pieces[i] for i in ids) if not ids or isinstance(ids[0], int) else [self.decode(part) for part in ids]
+
+
+def test_token_0_is_no_target_and_its_text_is_not_counted():
+    tokenizer, stream = Tokenizer(["<unk>", "<s>", "ab", "c"]), torch.tensor([2, 3, 3, 1, 2])
+    documents = audit.decoded_documents(stream, tokenizer, BOS)
+    assert documents == [b"abcc", b"ab"] and audit.bytes_before_the_first_target(stream, tokenizer, BOS) == 2
+    assert audit.bytes_before_the_first_target(stream[3:], tokenizer, BOS) == 0
+
+
+def counted(val: tuple[int, int], train: tuple[int, int] = (4000, 1000)) -> dict:
+    return {"splits": {name: {"raw_bytes": nbytes, "tokens": n} for name, (nbytes, n) in (("val", val), ("train", train))}}
+
+
+def test_a_tokenizer_that_carries_the_text_is_found_and_pays():
+    plain, fitted = Tokenizer(["<unk>", "<s>", "▁the", "x" * 16]), Tokenizer(["<unk>", "<s>", "x" * 150])
+    assert not audit.tokenizer_counts(plain) and audit.tokenizer_counts(fitted)
+    assert audit.check_tokenizer(plain, counted((410, 100))).verdict == PASS
+    assert audit.check_tokenizer(fitted, counted((54_492, 373))).verdict == FAIL  # the attack's figures: 146 bytes a token
+    assert audit.check_tokenizer(plain, None).verdict == NOT_CHECKED
+    beside, paid = (audit.check_size(15_900_000, 99_000, 300_000, counts, 16_000_000) for counts in (False, True))
+    assert (beside.verdict, paid.verdict) == (PASS, FAIL) and "tokenizer 300,000 beside it" in beside.figure and "16,299,000" in paid.figure
+
+
 def test_size_is_in_decimal_bytes():
-    assert audit.check_size(15_900_000, 100_000, 16_000_000).verdict == PASS
-    assert audit.check_size(15_900_001, 100_000, 16_000_000).verdict == FAIL
+    assert audit.check_size(15_900_000, 100_000, 5, False, 16_000_000).verdict == PASS
+    assert audit.check_size(15_900_001, 100_000, 5, False, 16_000_000).verdict == FAIL
+
+
+def test_a_part_of_the_text_is_no_score_of_it():
+    assert audit.check_whole_text(100, 100, counted((1, 100))).verdict == PASS
+    assert audit.check_whole_text(60, 100, counted((1, 100))).verdict == NOT_CHECKED  # EVAL_TOKENS, chosen afterwards or not
+    assert audit.check_whole_text(200, 200, counted((1, 100))).verdict == FAIL  # the text twice, documents dropped
 
 
 def manifest_of(folder, train: list[bytes], val: list[bytes]) -> dict:
@@ -281,10 +201,43 @@ def manifest_of(folder, train: list[bytes], val: list[bytes]) -> dict:
 
 def test_documents_in_both_splits_are_found(tmp_path):
     clean = manifest_of(tmp_path, [b"a", b"b"], [b"c"])
-    assert audit.check_disjoint(tmp_path, clean, [b"c"]).verdict == PASS
-    assert audit.check_disjoint(tmp_path, clean, [b"other"]).verdict == FAIL  # the list is of another text
+    assert audit.check_disjoint(tmp_path, clean, [b"c"], True).verdict == PASS
+    assert audit.check_disjoint(tmp_path, clean, [b"other"], True).verdict == FAIL  # the list is of another text
     (tmp_path / "train_documents.sha256").write_bytes(b"0" * 32)
-    assert audit.check_disjoint(tmp_path, clean, [b"c"]).verdict == FAIL  # not the file of the manifest
-    assert audit.check_disjoint(tmp_path, manifest_of(tmp_path, [b"a", b"c"], [b"c"])).verdict == FAIL
+    assert audit.check_disjoint(tmp_path, clean, [b"c"], True).verdict == FAIL  # not the file of the manifest
+    assert audit.check_disjoint(tmp_path, manifest_of(tmp_path, [b"a", b"c"], [b"c"]), None, True).verdict == FAIL
     assert audit.check_disjoint(tmp_path, None).verdict == NOT_CHECKED
-    assert load_manifest(tmp_path / "nowhere") is None
+
+
+def test_a_model_trained_on_other_shards_is_not_called_disjoint_and_training_is_never_called_checked(tmp_path):
+    """Trained on the validation documents from another folder: the lists of this one say nothing about that."""
+    check = audit.check_disjoint(tmp_path, manifest_of(tmp_path, [b"a", b"b"], [b"c"]), [b"c"], these_trained=False)
+    assert (
+        check.verdict == NOT_CHECKED
+        and "does not say that it was trained on these" in check.figure
+        and audit.verdict([check]) == INCOMPLETE
+    )
+    figures = {}
+    for trained_on, here in (("ab" * 32, "ab" * 32), ("ab" * 32, "cd" * 32), (None, "cd" * 32)):
+        check = audit.check_training_text(trained_on, here)
+        figures[trained_on == here] = check.figure
+        assert check.verdict == NOT_CHECKED and check.figure.startswith("not verifiable: the artifact ")
+    assert "training shards abababab" in figures[True] and "the ones in DATA_PATH" in figures[True] and "the ones" not in figures[False]
+
+
+# ---- verdict ----
+
+
+def test_only_all_mandatory_checks_make_a_pass():
+    checks = [audit.Check(name, PASS, "", "") for name in audit.MANDATORY]
+    extra = audit.Check("training text", NOT_CHECKED, "", "")
+    assert audit.verdict([*checks, extra]) == PASS and not audit.missing([*checks, extra])
+    for i, name in enumerate(audit.MANDATORY):
+        without, unchecked = checks[:i] + checks[i + 1 :], [*checks]
+        unchecked[i] = audit.Check(name, NOT_CHECKED, "", "")
+        assert audit.verdict(without) == audit.verdict(unchecked) == INCOMPLETE and audit.missing(without) == audit.missing(unchecked) == [
+            name
+        ]
+        unchecked[i] = audit.Check(name, FAIL, "", "")
+        assert audit.verdict(unchecked) == FAIL
+    assert audit.verdict([]) == INCOMPLETE

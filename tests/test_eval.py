@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
+import sysconfig
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import eval_ttt
-from data.shards import BOS_ID, ByteTable
+from data.shards import BOS_ID, ByteTable, load_shard, shard_header
 from eval_ttt import Chunk, ScoreFirstEvaluator, chunk_lr, plan_chunks
 from parts import audit
 from parts.audit import FAIL, NOT_CHECKED, PASS
@@ -23,7 +28,7 @@ SMALL = dict(
     vocab_size=VOCAB, layer_pattern="GTA", model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, gdn_qk_heads=2, gdn_v_heads=2,
     gdn_head_dim=8, bigram_vocab_size=32, bigram_dim=8, smear_gate=True, tied_embed_init_std=0.3, train_seq_len=24, eval_stride=8,
     ttt_chunk_tokens=64, ttt_epochs=2, ttt_lr=0.02, ttt_batch_seqs=2, eval_batch_seqs=3, expert_block_tokens=16, ngram_order=4,
-    audit_samples=8, audit_places=4, tokenizer_path="", data_path="",
+    audit_samples=64, tokenizer_path="", data_path="",
 )  # fmt: skip
 
 
@@ -100,14 +105,15 @@ def test_learning_rate_zero_is_the_plain_sliding_evaluation(targets, seq_len, st
     cfg = cfg.replace(eval_by_document=by_document)
     tested = evaluator(cfg)
     plain = evaluate(tested.forward, tokens, byte_table(), cfg, RunContext(), seq_len, stride)
-    for sample in ((), (0, targets - 1)):
-        trace = tested.run(tokens, sample=sample)
+    for full in (False, True):
+        trace = tested.run(tokens, full)
         assert trace.val_loss == pytest.approx(plain.val_loss, abs=2e-6) and trace.bytes_scored == plain.bytes_scored
         assert trace.val_bpb == pytest.approx(plain.val_bpb, abs=2e-6)
         assert trace.ledger.coverage.tolist() == [1] * targets
-    assert sorted(trace.rows) == sorted({0, targets - 1})
-    for t, row in trace.rows.items():
-        assert -math.log(row[int(tokens[t + 1])]) == pytest.approx(trace.ledger.nll[t].item(), abs=1e-5)
+    replica = InProcess(tested, tokens)
+    replica.feed(tokens[:targets].numpy())
+    picked = replica.rows(0, targets)[range(targets), tokens[1:].numpy()]
+    assert np.abs(np.log(picked) + trace.ledger.nll.numpy()).max() < 1e-5
 
 
 FORMS = [
@@ -235,23 +241,74 @@ def test_experts_gain_and_report_what_each_is_worth():
     assert trace.invalid["mean_sum_over_vocabulary"] > 0 and trace.invalid["valid"] is False
 
 
-@pytest.mark.parametrize("by_document", [False, True])
-def test_the_whole_pipeline_passes_its_audit(by_document):
-    cfg = config(**WITH_EXPERTS, ttt_polyak=0.5, ttt_hash_buckets=32, eval_by_document=by_document)
+class InProcess:
+    """A replica that is no process: what the audit asks of one."""
+
+    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: torch.Tensor):
+        self.session, self.vocab_size, self.known = evaluator.session(len(tokens) - 1), VOCAB, 0
+        self.sandboxed, self.sandbox_status = False, {"means": []}
+
+    def feed(self, tokens: np.ndarray) -> None:
+        self.session.feed(tokens)
+        self.known = self.session.known
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        return self.session.rows(first, last).cpu().numpy()
+
+
+PIECEWISE = [
+    dict(**WITH_EXPERTS, ttt_polyak=0.5, ttt_hash_buckets=32),
+    dict(**WITH_EXPERTS, ttt_chunk_tokens=50, expert_block_tokens=37, eval_batch_seqs=1),  # no size a multiple of another
+    dict(ttt_enabled=False, document_mask=True),
+    dict(ttt_reset_per_doc=True, ttt_chunk_tokens=20, document_mask=True),
+    dict(ttt_enabled=False, experts="tilt,ngram", expert_block_tokens=512, eval_stride=24),
+    dict(eval_by_document=True, ttt_reset_per_doc=True, ttt_chunk_tokens=33),
+    dict(**WITH_EXPERTS, eval_by_document=True, eval_batch_seqs=1),
+]
+
+
+@pytest.mark.parametrize("form", PIECEWISE, ids=lambda form: ",".join(form))
+def test_a_text_that_comes_piece_by_piece_gets_the_same_distributions_to_the_bit(form):
+    """Blocks of 40 targets. One session gets each but for its last token and gives all its rows; the other gets it up to a cut, then the rest."""
+    tokens, cfg = stream(260), config(**form)
+    ours, theirs, whole = InProcess(evaluator(cfg), tokens), InProcess(evaluator(cfg), tokens), evaluator(cfg).run(tokens, full=True)
+    generator, text = np.random.default_rng(1), tokens.numpy()
+    for start in range(0, 259, 40):
+        end = min(start + 40, 259)
+        ours.feed(text[ours.known : end])
+        rows = ours.rows(start, end)
+        for cut in sorted(set(generator.integers(start, end, 2).tolist())):
+            theirs.feed(text[theirs.known : cut + 1])
+            assert np.array_equal(theirs.rows(cut, cut + 1)[0], rows[cut - start]), cut
+        recorded = whole.ledger.nll[start:end].numpy()
+        assert np.abs(np.log(rows[range(end - start), text[start + 1 : end + 1]]) + recorded).max() < audit.SCORE_TOLERANCE
+
+
+def test_a_session_refuses_what_it_cannot_answer():
+    tokens = stream(100)
+    session = evaluator(config()).session(99)
+    session.feed(tokens[:90])
+    session.rows(70, 90)
+    for first, last, message in ((0, 1, "lies before"), (90, 91, "90 tokens are known"), (80, 80, "cannot be asked for")):
+        with pytest.raises(UserError, match=message):
+            session.rows(first, last)
+    with pytest.raises(UserError, match="100 tokens"):
+        session.feed(tokens[:11])
+
+
+def blind_verdicts(tested, tokens) -> list[str]:
+    trace = tested.run(tokens, full=True)
+    fresh = InProcess(tested, tokens)
+    return [check.verdict for check in audit.check_blind(fresh, tokens, trace, audit.draw_targets(trace.ledger, 64))]
+
+
+def test_the_whole_pipeline_passes_its_audit():
+    cfg = config(**WITH_EXPERTS, ttt_polyak=0.5, ttt_hash_buckets=32)
     tested, tokens = evaluator(cfg), stream(260)
-    looking = eval_ttt.AuditedRun(tested, tokens)
-    trace = tested.run(tokens, sample=looking.sample)
-    raw = int(byte_table().count(tokens[:-1], tokens[1:]).sum())
-    assert looking.updates_covered >= 2
-    checks = [
-        audit.check_causality(tested, tokens, trace, looking.places, VOCAB),
-        audit.check_documents(tested, tokens, trace, VOCAB, looking.limit),
-        audit.check_normalization(tested, tokens, trace, looking.places[:2], VOCAB),
-        audit.check_score_before_update(trace),
-        audit.check_single_pass(trace),
-        audit.check_bytes(trace, {"table": raw}),
-    ]
-    assert [check.verdict for check in checks] == [PASS, NOT_CHECKED, PASS, PASS, PASS, PASS], [check.line() for check in checks]
+    assert blind_verdicts(tested, tokens) == [PASS, PASS]
+    trace = tested.run(tokens)
+    assert audit.check_score_before_update(trace).verdict == audit.check_single_pass(trace).verdict == PASS
+    assert audit.check_documents(None, tokens, trace).verdict == NOT_CHECKED and not tested.documents_independent
 
 
 @pytest.mark.parametrize("form", [dict(ttt_enabled=False), dict(ttt_reset_per_doc=True, ttt_chunk_tokens=16, ttt_lr=0.1)], ids=str)
@@ -262,7 +319,9 @@ def test_masked_documents_are_independent_and_a_smear_across_them_is_found(form)
         if leaky:  # the embedding of the previous token, whatever document it is of
             model.tok_emb.register_forward_hook(lambda module, inputs, output: output + 0.2 * output.roll(1, 1))
         tested = ScoreFirstEvaluator(model, cfg, byte_table(), RunContext())
-        check = audit.check_documents(tested, tokens, tested.run(tokens), VOCAB, 200, allowance=audit.Allowance(1e-4))
+        assert tested.documents_independent
+        trace = tested.run(tokens)
+        check = audit.check_documents(InProcess(tested, tokens), tokens, trace)
         assert check.verdict == (FAIL if leaky else PASS), check.line()
 
 
@@ -272,10 +331,7 @@ def test_a_future_leak_in_the_model_fails_the_audit():
     model = randomized(cfg)
     # Sequence as [B,T,C]: adding a mean over time shows every position the whole window.
     model.blocks[0].register_forward_hook(lambda module, inputs, output: output + 0.1 * output.mean(1, keepdim=True))
-    tested, tokens = ScoreFirstEvaluator(model, cfg, byte_table(), RunContext()), stream(120)
-    trace = tested.run(tokens, sample=(36,))
-    # Token 37 lies inside a window; a place at a window's end would change nothing that the window sees.
-    assert audit.check_causality(tested, tokens, trace, [37], VOCAB).verdict == FAIL
+    assert blind_verdicts(ScoreFirstEvaluator(model, cfg, byte_table(), RunContext()), stream(120))[0] == FAIL
 
 
 # ---- ranks ----
@@ -286,43 +342,72 @@ def _rank(rank: int, world: int, folder: str, changes: dict) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     ctx = RunContext(rank, world, rank, torch.device("cpu"))
     tested = evaluator(config(**changes), ctx)
-    trace = tested.run(stream(310), sample=(0, 77, 200))
-    torch.save({"nll": trace.ledger.nll, "rows": trace.rows, "checksum": tested.trainer.checksum()}, f"{folder}/{rank}.pt")
+    session = tested.session(309)
+    session.feed(stream(310)[:200])
+    rows = session.rows(77, 200)
+    trace = tested.run(stream(310))
+    torch.save({"nll": trace.ledger.nll, "rows": rows, "checksum": tested.trainer.checksum()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_result_of_one(tmp_path):
     """Odd tails, a batch that leaves one rank without sequences, Polyak, byte weights and all experts."""
     changes = dict(**WITH_EXPERTS, ttt_polyak=0.5, ttt_byte_weighted=True, ttt_chunk_tokens=70, ttt_batch_seqs=2)
-    one = evaluator(config(**changes)).run(stream(310), sample=(0, 77, 200))
+    tested = evaluator(config(**changes))
+    session = tested.session(309)
+    session.feed(stream(310)[:200])
+    rows = session.rows(77, 200)
+    one = tested.run(stream(310))
     mp.spawn(_rank, args=(2, str(tmp_path), changes), nprocs=2)
     two = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert two[0]["checksum"] == two[1]["checksum"] and torch.equal(two[0]["nll"], two[1]["nll"])
     assert torch.allclose(two[0]["nll"], one.ledger.nll, atol=2e-4)
     assert one.val_loss == pytest.approx(two[0]["nll"].mean().item(), abs=1e-5)
-    for t, row in one.rows.items():
-        assert torch.allclose(two[1]["rows"][t], row, atol=1e-4) and abs(row.sum() - 1) < 1e-5
+    assert torch.equal(two[0]["rows"], two[1]["rows"]) and torch.allclose(two[1]["rows"], rows, atol=1e-4)
+    assert (rows.sum(1) - 1).abs().max() < 1e-5
 
 
 # ---- the command ----
 
 
-def test_the_command_writes_and_prints_what_it_measured(launch):
+def first_validation_document(data, folder):
+    """The dataset with a validation split of one short document, its manifest in order."""
+    shutil.copytree(data, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    split, text = manifest["splits"]["val"], (Path(sysconfig.get_paths()["stdlib"]) / "bisect.py").read_bytes()
+    tokens = load_shard(folder / "fineweb_val_000000.bin")
+    tokens = np.array(tokens[: int((tokens == BOS_ID).nonzero()[0][1])])
+    (folder / "fineweb_val_000000.bin").write_bytes(shard_header(len(tokens)) + tokens.tobytes())
+    digest = hashlib.sha256(text).digest()[:16]
+    (folder / split["document_hashes"]["file"]).write_bytes(digest)
+    split |= {"tokens": len(tokens), "raw_bytes": len(text), "shards": []}
+    split["document_hashes"]["sha256"] = hashlib.sha256(digest).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_path):
     assert launch("train_gpt.py", RUN_ID="r", ITERATIONS=3).returncode == 0
     run = launch.runs / "r"
     made = launch("quantize.py", run)
     assert made.returncode == 0, made.stderr
     artifact, written = run / "artifact.bin", run / "eval.json"
-    settings = dict(EVAL_TOKENS=1500, EXPERTS="tilt,ngram,entropy")
+    settings = dict(EXPERTS="tilt,ngram,entropy", DATA_PATH=first_validation_document(dataset.path, tmp_path / "short"))
     done = launch("eval_ttt.py", artifact, "--audit", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(written.read_text())
-    assert result["tokens_scored"] == 1499 and result["audit"]["verdict"] == "pass"
+    assert result["audit"]["verdict"] == "pass" and not result["audit"]["missing"]
     assert {c["name"]: c["verdict"] for c in result["audit"]["checks"]} == {
         "causality": PASS, "document independence": NOT_CHECKED, "normalization": PASS, "score before update": PASS, "single pass": PASS,
-        "byte count": PASS, "documents disjoint": PASS, "size": PASS,
+        "whole text": PASS, "byte count": PASS, "documents disjoint": PASS, "training text": NOT_CHECKED, "tokenizer": PASS, "size": PASS,
     }  # fmt: skip
     assert result["val_bpb"] == result["experts_bpb"] and result["bytes_total"] == result["bytes_model"] + result["bytes_code"]
+    assert result["sha256"]["artifact"] == hashlib.sha256(artifact.read_bytes()).hexdigest() and result["bytes_tokenizer"] > 0
+    assert result["sha256"]["tokenizer"] == hashlib.sha256(dataset.tokenizer.read_bytes()).hexdigest()
+    causality = result["audit"]["checks"][0]
+    assert "largest |recorded - blind|" in causality["figure"] and "audit: PASS" in done.stdout
+    training = next(check for check in result["audit"]["checks"] if check["name"] == "training text")
+    assert "the ones in DATA_PATH" in training["figure"]
     assert result["bytes_model"] == artifact.stat().st_size and f"val_bpb:{result['val_bpb']:.6f}" in done.stdout
 
     before = written.read_bytes()
@@ -353,16 +438,8 @@ def test_cuda_evaluation_repeats_passes_its_audit_and_agrees_with_the_cpu(compil
     model = build_model(cfg, "cuda").eval()
     model.load_state_dict(randomized(cfg).state_dict())
     tested = ScoreFirstEvaluator(model, cfg, byte_table(), ctx)
-    looking = eval_ttt.AuditedRun(tested, tokens)
-    trace = tested.run(tokens, sample=looking.sample)
-    allowance = audit.measure_noise(tested, tokens, trace, max(looking.places), cfg.audit_tolerance)
-    assert allowance.noise.max() == 0
-    checks = [
-        audit.check_causality(tested, tokens, trace, looking.places, VOCAB, allowance),
-        audit.check_normalization(tested, tokens, trace, looking.places[:2], VOCAB, allowance),
-        audit.check_score_before_update(trace),
-        audit.check_single_pass(trace),
-    ]
-    assert [check.verdict for check in checks] == [PASS] * 4, [check.line() for check in checks]
+    assert blind_verdicts(tested, tokens) == [PASS, PASS]
+    trace = tested.run(tokens, full=True)
+    assert torch.equal(trace.ledger.nll, tested.run(tokens, full=True).ledger.nll)
     on_cpu = evaluator(config(**{**changes, "compile": "0"})).run(tokens)
     assert trace.val_loss == pytest.approx(on_cpu.val_loss, abs=0.05)  # bf16 against float32

@@ -253,6 +253,20 @@ def test_fixed_tilt_is_the_closed_form():
     assert got.tolist() == pytest.approx([0.2 / z, 0.2 / z, 0.2 * math.exp(0.7) / z, 0.2 / z, 0.2 / z], abs=1e-6)
 
 
+def test_a_tilt_that_takes_nearly_everything_from_a_nearly_certain_token_stays_normalized():
+    """p(h) near 1 and a boost near -LIMIT: what is left is a small difference of large numbers."""
+    history = NgramHistory(50, 2)
+    feed(history, torch.tensor([3, 2] * 20), 8)
+    tilt = Tilt(history, 2, 0.0, torch.device("cpu"))
+    tilt.weights[:] = -8.0
+    logits = torch.zeros(6, 50)
+    logits[:, 2] = torch.arange(12.0, 24.0, 2.0)
+    log_p = logits.log_softmax(-1)
+    nodes = history.nodes(torch.full((6, 1), 3))
+    got = tilt.apply(log_p, tilt.hints(nodes, log_p)).double()
+    assert (got.exp().sum(1) - 1).abs().max() < 1e-6 and (got[:3, 2] < log_p[:3, 2] - 0.01).all()
+
+
 def test_tilt_of_all_orders_is_a_softmax_and_learns_by_its_own_derivatives():
     """Against a dense twin: features of every token of the vocabulary, softmax(log p + features . weights), autograd's derivatives."""
     vocab, tokens = 11, stream(200, 11, seed=3)
