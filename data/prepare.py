@@ -67,6 +67,7 @@ from parts.files import UserError, atomic_write, cli, one_line, read_json, sha25
 ALGORITHM_VERSION = 1
 RANGE_BYTES = 64 << 20  # token bytes merged at a time
 DATA_DIR = Path(__file__).resolve().parent
+LOSSY_HINT = "take another tokenizer, or accept it with --allow-lossy"
 
 # A document in part files: front half of the SHA-256 of its UTF-8 text, which orders documents; tokens, BOS included; UTF-8 bytes.
 DOCUMENT = np.dtype([("key", "S16"), ("tokens", "<u4"), ("bytes", "<u4")])
@@ -284,9 +285,6 @@ def encode_block(block: Block) -> None:
     with atomic_write(Path(_setup.parts) / part_name(block.index)) as temporary, open(temporary, "wb") as file:
         file.write(json.dumps(head).encode() + b"\n" + documents[order].tobytes())
         file.writelines(pieces[i].tobytes() for i in order)
-
-
-LOSSY_HINT = "take another tokenizer, or accept it with --allow-lossy"
 
 
 def part_name(index: int) -> str:
