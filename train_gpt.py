@@ -176,6 +176,9 @@ class Config:
     gptq_reserve_seconds: float = _train(0.0, "part of the budget kept back for calibration", low=0)
     train_seq_len: int = _train(1024, "tokens a sequence", low=2)
     train_seq_schedule: str = _train("", "shorter sequences first, length@fraction of the budget until which, e.g. 1024@0.1,2048@0.7")
+    train_row_tokens: int = _train(
+        0, "tokens a row of whole documents, cut only every TRAIN_SEQ_LEN tokens; 0: rows of TRAIN_SEQ_LEN, cut anywhere", low=0
+    )
     train_seq_rewarmup_frac: float = _train(
         0.0, "fraction of the budget over which the LR rises again after each change of length", low=0, high=1
     )
@@ -420,6 +423,8 @@ def _check_config(cfg: Config) -> None:
         raise UserError(
             f"PARALLEL_LANES=2 from layer {cfg.parallel_start} on lies inside the recurrent segment {cfg.loop_start}-{cfg.loop_end}"
         )
+    if cfg.train_row_tokens and not cfg.document_mask:
+        raise UserError("TRAIN_ROW_TOKENS puts many documents into a row: it needs DOCUMENT_MASK=1")
     sequence_lengths(cfg)
     owner = layer_owners(cfg)
     for layer, first in enumerate(owner):
@@ -666,6 +671,16 @@ def load_tokens(data_path: str | Path, split: str, vocab_size: int, limit: int =
     return torch.cat(parts)
 
 
+def document_starts(ids: Tensor, span: int = 0) -> Tensor:
+    """bool [B,T]: where in ids [B,T] a document starts; with `span` also where one is cut, every so many of its tokens (and at the row's start)."""
+    starts = ids == BOS_ID
+    if span:
+        place = torch.arange(ids.size(1), device=ids.device)
+        begun = torch.where(starts, place, 0).cummax(1).values
+        starts = (place - begun) % span == 0
+    return starts
+
+
 class TokenStream:
     """The training shards as one endless stream, read in order; each step takes the next `batch_tokens` of it.
 
@@ -718,10 +733,10 @@ class TokenStream:
             tokens = tokens.pin_memory().to(device, non_blocking=True)
         return tokens[:-1].view(count, seq_len), tokens[1:].view(count, seq_len)
 
-    def boundaries(self, first: int, count: int, seq_len: int, device: torch.device) -> Tensor:
+    def boundaries(self, first: int, count: int, seq_len: int, device: torch.device, span: int = 0) -> Tensor:
         """Where the documents of `sequences` start, as `kernels.document_boundaries`; found on the CPU, so that nothing waits for the GPU."""
         flat = torch.from_numpy(self.read(self.position + first * seq_len, count * seq_len).astype(np.int64))
-        places = kernels.document_boundaries(flat.view(count, seq_len) == BOS_ID)
+        places = kernels.document_boundaries(document_starts(flat.view(count, seq_len), span))
         if device.type == "cuda":
             places = places.pin_memory().to(device, non_blocking=True)
             torch._dynamo.mark_dynamic(places, 0)  # how many documents a batch holds is no reason to compile again
@@ -1671,10 +1686,12 @@ class GPT(nn.Module):
         segment = layers[cfg.loop_start : cfg.loop_end + 1]
         return layers[: cfg.loop_end + 1] + segment * cfg.num_loops + layers[cfg.loop_end + 1 :]
 
-    def _context(self, ids: Tensor, state: DecodeState | None, boundaries: Tensor | None) -> tuple[ForwardContext, list[Tensor]]:
+    def _context(
+        self, ids: Tensor, state: DecodeState | None, boundaries: Tensor | None = None, span: int = 0
+    ) -> tuple[ForwardContext, list[Tensor]]:
         """The forward's context, and the ids delayed by 1, 2, … for the n-gram tables."""
         cfg, (batch, length), back = self.cfg, ids.shape, self.lookback
-        begins = ids == BOS_ID
+        begins = document_starts(ids, span)
         goes_on = state is not None and state.begun
         if goes_on:
             begins = torch.cat((state.slots["begins",][state.rows], begins), 1)
@@ -1705,7 +1722,7 @@ class GPT(nn.Module):
         frequency = cfg.rope_base ** (-torch.arange(0, dims, 2, device=ids.device, dtype=torch.float32) / dims)
         angle = positions.float()[:, None] * frequency
         if boundaries is None and cfg.document_mask and not goes_on and "fa4" in (self.kernels.full, self.kernels.windowed):
-            boundaries = kernels.document_boundaries(ids == BOS_ID)
+            boundaries = kernels.document_boundaries(document_starts(ids, span))
         ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, boundaries, self.kernels, state, goes_on)
         return ctx, previous
 
@@ -1718,6 +1735,7 @@ class GPT(nn.Module):
         score_last: int = 0,
         state: DecodeState | None = None,
         boundaries: Tensor | None = None,
+        span: int = 0,
     ) -> Tensor:
         """Loss or logits of next-token prediction.
 
@@ -1725,9 +1743,10 @@ class GPT(nn.Module):
         Returns with targets: the mean loss in nats (float32 scalar), or with reduction="none" the loss a token [B,n];
         without targets: float32 logits [B,n,V], softcapped: their log_softmax is the model's distribution.
         `state` carries a stream over consecutive calls (positions, caches, recurrent states); it is updated in place. `boundaries` are the
-        documents' starts as `kernels.document_boundaries` gives them, for a caller who has them without waiting for the GPU.
+        documents' starts as `kernels.document_boundaries` gives them, for a caller who has them without waiting for the GPU. `span` cuts
+        documents into pieces of so many tokens, each of which stands alone (DOCUMENT_MASK).
         """
-        ctx, previous = self._context(input_ids, state, boundaries)
+        ctx, previous = self._context(input_ids, state, boundaries, span)
         ctx.call = -1  # the embedding side's own slots
         x = self.regions.embedding(self, input_ids, previous, ctx)
         if self.value_embed is not None:
@@ -2091,16 +2110,26 @@ def length_warnings(cfg: Config, steps: float) -> list[str]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's sequences divide: over ranks, then over micro-batches."""
+    """How a step's rows divide: over ranks, then over micro-batches."""
 
-    seq_len: int
+    seq_len: int  # tokens of context: a row's, or those after which a document in a longer row is cut
+    row_tokens: int
     sequences: int  # a step, all ranks
     per_rank: int
     per_micro: int
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.seq_len
+        return self.sequences * self.row_tokens
+
+    @property
+    def span(self) -> int:
+        """For the forward: 0 where rows are no longer than the context."""
+        return self.seq_len if self.row_tokens > self.seq_len else 0
+
+    def __str__(self) -> str:
+        cut = f", documents cut every {self.span}" if self.span else ""
+        return f"{self.sequences} x {self.row_tokens} = {self.tokens:,} tokens a step{cut}"
 
     @property
     def accumulation(self) -> int:
@@ -2109,14 +2138,14 @@ class BatchPlan:
 
 def plan_batch(cfg: Config, ctx: RunContext, seq_len: int = 0) -> BatchPlan:
     """Derive gradient accumulation for sequences of `seq_len` (0: TRAIN_SEQ_LEN); refuse sizes that do not divide, naming the nearest that would."""
-    per_gpu, seq, world = cfg.train_batch_tokens_per_gpu, seq_len or cfg.train_seq_len, ctx.world_size
+    per_gpu, context, world = cfg.train_batch_tokens_per_gpu, seq_len or cfg.train_seq_len, ctx.world_size
+    seq = max(cfg.train_row_tokens, context)
     name = "TRAIN_BATCH_TOKENS_PER_GPU" if per_gpu else "TRAIN_BATCH_TOKENS"
     total, unit = (per_gpu, seq) if per_gpu else (cfg.train_batch_tokens, seq * world)
     if total % unit:
         near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
-        what = (f"TRAIN_SEQ_LEN={seq}" if seq == cfg.train_seq_len else f"TRAIN_SEQ_SCHEDULE's {seq}") + (
-            "" if per_gpu else f" times {world} rank(s)"
-        )
+        of = "TRAIN_ROW_TOKENS=" if seq > context else "TRAIN_SEQ_LEN=" if seq == cfg.train_seq_len else "TRAIN_SEQ_SCHEDULE's "
+        what = f"{of}{seq}" + ("" if per_gpu else f" times {world} rank(s)")
         raise UserError(f"{name}={total} is not a multiple of {what}; {' or '.join(map(str, near))} would be")
     per_rank = total // unit
     if cfg.micro_batch_tokens:
@@ -2130,7 +2159,7 @@ def plan_batch(cfg: Config, ctx: RunContext, seq_len: int = 0) -> BatchPlan:
     else:
         limit = 131072 if ctx.device.type == "cuda" else 16384  # tokens whose logits and activations fit comfortably
         per_micro = max(n for n in range(1, min(per_rank, max(1, limit // seq)) + 1) if per_rank % n == 0)
-    return BatchPlan(seq, per_rank * world, per_rank, per_micro)
+    return BatchPlan(context, seq, per_rank * world, per_rank, per_micro)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2810,11 +2839,11 @@ class Trainer:
             if micro and self.agree(0.0)[1]:
                 return None
             first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
-            inputs, targets = state.stream.sequences(first, batch.per_micro, batch.seq_len, self.ctx.device)
+            inputs, targets = state.stream.sequences(first, batch.per_micro, batch.row_tokens, self.ctx.device)
             boundaries = None
             if self.cfg.document_mask and "fa4" in (state.model.kernels.full, state.model.kernels.windowed):
-                boundaries = state.stream.boundaries(first, batch.per_micro, batch.seq_len, self.ctx.device)
-            micro_loss = self.forward(inputs, targets, boundaries=boundaries) / batch.accumulation
+                boundaries = state.stream.boundaries(first, batch.per_micro, batch.row_tokens, self.ctx.device, batch.span)
+            micro_loss = self.forward(inputs, targets, boundaries=boundaries, span=batch.span) / batch.accumulation
             micro_loss.backward()
             loss += micro_loss.detach()
         return loss
@@ -2829,7 +2858,7 @@ class Trainer:
         model, cfg = self.state.model, self.cfg
         if (length := sequence_length(cfg, progress)) != self.batch.seq_len:
             self.batch = self.batches[length]
-            self.ctx.log(f"step:{self.state.step} {self.batch.sequences} sequences of {length} tokens a step")
+            self.ctx.log(f"step:{self.state.step} {self.batch}")
         if cfg.num_loops and not model.looping and progress >= cfg.enable_looping_at:
             model.looping = True
             self.ctx.log(f"step:{self.state.step} depth recurrence on: layers {' '.join(map(str, model.layer_order(True)))}")
@@ -3211,10 +3240,7 @@ def banner(trainer: Trainer) -> None:
         ctx.log(line)
     for line in model.kernels.lines():
         ctx.log(line)
-    ctx.log(
-        f"batch: {batch.sequences} x {batch.seq_len} = {batch.tokens:,} tokens a step, {batch.per_micro} sequences a "
-        f"micro-batch, {batch.accumulation} micro-batches on each of {ctx.world_size} ranks"
-    )
+    ctx.log(f"batch: {batch}, {batch.per_micro} rows a micro-batch, {batch.accumulation} micro-batches on each of {ctx.world_size} ranks")
     stream = trainer.state.stream
     ctx.log(f"data: {stream.total_tokens:,} training tokens in {len(stream.paths)} shards, {len(trainer.val_tokens):,} validation tokens")
     if unread := unread_files(cfg.data_path):
@@ -3267,7 +3293,7 @@ class Benchmark(Trainer):
         report = {
             "preset": os.environ.get("PRESET", ""), "device": device, "world_size": ctx.world_size, "torch": torch.__version__,
             "triton": kernels.triton.__version__ if kernels.triton else None, "kernels": dataclasses.asdict(model.kernels),
-            "compile": compile_mode(cfg, ctx.device), "tokens_a_step": tokens, "micro_batch_tokens": self.batch.per_micro * self.batch.seq_len,
+            "compile": compile_mode(cfg, ctx.device), "tokens_a_step": tokens, "micro_batch_tokens": self.batch.per_micro * self.batch.row_tokens,
             "parameters": count_params(model), "first_step_seconds": first_step,
             "peak_flops": peak, "phases": {},
         }  # fmt: skip

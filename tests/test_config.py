@@ -58,6 +58,7 @@ def test_the_word_none_empties_a_presets_list():
             {"PARALLEL_LANES": "2", "PARALLEL_START": "4", "NUM_LOOPS": "1", "LOOP_START": "3", "LOOP_END": "5"},
             "inside the recurrent segment",
         ),
+        ({"TRAIN_ROW_TOKENS": "4096"}, "needs DOCUMENT_MASK=1"),
         ({"TRAIN_SEQ_SCHEDULE": "512@0.5,256@0.2"}, "rising fractions"),
         ({"TRAIN_SEQ_SCHEDULE": "512@1"}, "ends with another length than TRAIN_SEQ_LEN=1024"),
         ({"GPTQ_RESERVE_SECONDS": "600"}, "leaves nothing"),
@@ -143,6 +144,7 @@ def test_estimated_size_is_within_the_limit(preset):
         ({"TRAIN_BATCH_TOKENS": "512", "TRAIN_SEQ_LEN": "64"}, 3, "times 3 rank(s); 384 or 576 would be"),
         ({"TRAIN_BATCH_TOKENS": "512", "TRAIN_SEQ_LEN": "64", "MICRO_BATCH_TOKENS": "192"}, 1, "sizes that do: 64, 128, 256, 512"),
         ({"TRAIN_BATCH_TOKENS_PER_GPU": "100", "TRAIN_SEQ_LEN": "64"}, 2, "64 or 128 would be"),
+        ({"TRAIN_BATCH_TOKENS": "1024", "TRAIN_SEQ_LEN": "64", "TRAIN_ROW_TOKENS": "768", "DOCUMENT_MASK": "1"}, 1, "TRAIN_ROW_TOKENS=768"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused_with_sizes_that_would(environment, world, message):

@@ -79,6 +79,19 @@ def test_documents_are_independent_under_the_mask(parts):
         assert (unmasked(ids)[:, 37:] - unmasked(changed)[:, 37:]).abs().max() > 1e-2
 
 
+def test_a_row_of_documents_is_each_piece_alone():
+    """Documents are cut every `span` of their tokens, and no mixer, shift, hash or convolution sees over a cut or a BOS."""
+    model, ids = make(EVERYTHING, DOCUMENT_MASK=1, **FRONTIER), tokens(131, starts=(0, 40, 41, 100))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    pieces = [(0, 16), (16, 32), (32, 40), (40, 41), (41, 57), (57, 73), (73, 89), (89, 100), (100, 116), (116, 130)]
+    with torch.no_grad():
+        row = model(inputs, targets, reduction="none", span=16)
+        alone = [model(inputs[:, a:b], targets[:, a:b], reduction="none") for a, b in pieces]
+    torch.testing.assert_close(row, torch.cat(alone, 1), rtol=1e-3, atol=1e-3)  # GDN sums decays of -50 over the cuts of a chunk
+    starts = T.document_starts(ids, 16)[0].nonzero().flatten().tolist()
+    assert starts == [a for a, _ in pieces] and T.document_starts(ids)[0].nonzero().flatten().tolist() == [0, 40, 41, 100]
+
+
 @pytest.mark.parametrize("part", ["smear", "lambda smear", "bigram", "shift", "conv"])
 def test_neighbours_of_another_document_are_never_seen(part):
     """Smear, hash, token shift and convolution stop at a BOS even without the document mask."""

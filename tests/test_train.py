@@ -86,6 +86,13 @@ def test_a_run_leaves_what_it_promises(train):
     assert math.isfinite(meta["val_bpb"])
 
 
+def test_rows_of_whole_documents_train(train):
+    folder, code = train(RUN_ID="rows", DOCUMENT_MASK=1, TRAIN_ROW_TOKENS=256, TRAIN_SEQ_SCHEDULE="32@0.4", MICRO_BATCH_TOKENS=256)
+    log = (folder / "train.log").read_text()
+    assert code == 0 and "batch: 2 x 256 = 512 tokens a step, documents cut every 32, 1 rows a micro-batch, 2 micro-batches" in log
+    assert "step:5 2 x 256 = 512 tokens a step, documents cut every 64" in log
+
+
 def test_stopping_and_resuming_changes_nothing(train, monkeypatch):
     """6 steps, a kill, the rest: the same bits as the unbroken run, through the checkpoint on disk."""
     looping = {"LAYER_PATTERN": "GATA", "NUM_LOOPS": 1, "LOOP_START": 1, "LOOP_END": 2, "UNET_SKIPS": 1, "ENABLE_LOOPING_AT": 0.3}
@@ -113,7 +120,7 @@ def test_stopping_and_resuming_changes_nothing(train, monkeypatch):
     train(RUN_ID="broken", RESUME=1, CHECKPOINT_EVERY=3, **looping, **noise)
     assert_same_weights(weights(whole), weights(folder))
     assert T.load_run(folder)[2]["tokens"] == T.load_run(whole)[2]["tokens"]
-    assert "step:5 8 sequences of 64 tokens a step" in (whole / "train.log").read_text()
+    assert "step:5 8 x 64 = 512 tokens a step" in (whole / "train.log").read_text()
     kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
     assert kept == ["step_0000009.safetensors", "step_0000012.safetensors"], "the last two are kept, the finished state among them"
 
