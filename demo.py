@@ -5,15 +5,15 @@ Every step is skipped when its result is there, so a second run only prints the 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from parts.files import UserError, atomic_write, cli
-from train_gpt import SIZE_LIMIT_BYTES, resolve_config
+from parts.files import UserError, cli, read_json, write_json
+from parts.runs import read_metrics
+from train_gpt import SIZE_LIMIT_BYTES, Config, resolve_config
 
 ROOT = Path(__file__).resolve().parent
 
@@ -34,6 +34,11 @@ def run(title: str, result: Path, *command: str) -> float:
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    if sys.argv[1:]:
+        raise UserError(f"unknown argument {sys.argv[1]}: the demo takes none; settings are environment variables")
     cfg = resolve_config({"PRESET": "demo"})
     folder = ROOT / "runs" / "demo"
     artifact = folder / "artifact.bin"
@@ -44,29 +49,38 @@ def main() -> int:
         "evaluate": (folder / "eval.json", "eval_ttt.py", str(artifact.relative_to(ROOT))),
     }
     timings = folder / "demo.json"
-    seconds = json.loads(timings.read_text()) if timings.exists() else {}
+    seconds = {title: spent for title, spent in (read_json(timings) or {}).items() if isinstance(spent, (int, float))}
     for title, (result, *command) in steps.items():
         spent = run(title, result, *command)
         seconds[title] = spent or seconds.get(title, 0.0)
-    with atomic_write(timings) as temporary:
-        temporary.write_text(json.dumps(seconds))
+    write_json(timings, seconds)
 
-    done = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [event for event in done if event["event"] == "done"][-1]
-    result = json.loads((folder / "eval.json").read_text())
-    rows = [
-        ("val_bpb, float model", f"{trained['val_bpb']:.4f}", f"non-overlapping windows of {cfg.train_seq_len}"),
-        ("val_bpb, artifact, sliding", f"{result['sliding_bpb']:.4f}", f"int{cfg.matrix_bits}, stride {cfg.eval_stride}"),
-        ("val_bpb, artifact, after TTT", f"{result['ttt_bpb']:.4f}", "score-first: each token is scored before it is trained on"),
-        ("bytes, model", f"{result['bytes_model']:,}", ""),
-        ("bytes, code", f"{result['bytes_code']:,}", ""),
-        ("bytes, total", f"{result['bytes_total']:,}", f"limit {SIZE_LIMIT_BYTES:,}"),
-    ] + [(f"seconds, {title}", f"{spent:.0f}", "") for title, spent in seconds.items()]
     print()
-    for name, value, note in rows:
+    for name, value, note in report(folder, cfg) + [(f"seconds, {title}", f"{seconds[title]:.0f}", "") for title in steps]:
         print(f"{name:<30} {value:>12}  {note}".rstrip())
     print(f"\nresults: {folder.relative_to(ROOT)}/")
     return 0
+
+
+def report(folder: Path, cfg: Config) -> list[tuple[str, str, str]]:
+    """The results as rows (name, value, note)."""
+    result = read_json(folder / "eval.json") or {}
+    trained = [event for event in read_metrics(folder) if event["event"] == "done"] or [{}]
+    rows = [
+        ("val_bpb, float model", trained[-1].get("val_bpb"), f"non-overlapping windows of {cfg.train_seq_len}"),
+        ("val_bpb, artifact, sliding", result.get("sliding_bpb"), f"int{cfg.matrix_bits}, stride {cfg.eval_stride}"),
+        ("val_bpb, artifact, after TTT", result.get("ttt_bpb"), "score-first: each token is scored before it is trained on"),
+        ("bytes, model", result.get("bytes_model"), ""),
+        ("bytes, code", result.get("bytes_code"), ""),
+        ("bytes, total", result.get("bytes_total"), f"limit {SIZE_LIMIT_BYTES:,}"),
+    ]
+    shown = []
+    for name, value, note in rows:
+        if isinstance(value, (int, float)):
+            shown.append((name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}", note))
+        else:  # switched off, or its file is damaged
+            shown.append((name, "-", f"not in {'metrics.jsonl' if name.endswith('float model') else 'eval.json'}"))
+    return shown
 
 
 if __name__ == "__main__":

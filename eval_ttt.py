@@ -892,6 +892,9 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
     cfg, began = artifact.cfg, time.perf_counter()
     expert_config(cfg)  # refuse a misspelt expert before anything is computed
     tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
+    validated = artifact.meta.get("val_data_sha256")
+    if validated and (here := split_digest(cfg.data_path, "val")) != validated:
+        ctx.log(f"warning: the validation shards (SHA-256 {here[:12]}…) are not those the run was validated on ({validated[:12]}…)")
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
     if audit:
         cfg = audited(cfg, len(tokens) - 1, ctx)
@@ -984,6 +987,14 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
     return result
 
 
+def retire_score(path: Path, ctx: RunContext) -> None:
+    """The former score makes room before the next is computed: should that fail, no file claims to be its result."""
+    if not os.access(path.parent, os.W_OK):
+        ctx.log(f"warning: {path.parent} cannot be written: the score will be printed only")
+    elif path.exists():
+        os.replace(path, path.with_name("eval.previous.json"))
+
+
 def main() -> int:
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
@@ -1005,6 +1016,7 @@ def main() -> int:
     if len(paths) != 1 or len(flags) + (text is not None) > 1 or (values and text is None):
         raise UserError(usage)
     path = Path(paths[0])
+    path = path / "artifact.bin" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path} does not exist; write it with `python quantize.py runs/<RUN_ID>`")
     header, _ = packing.read_header(path.read_bytes(), str(path))
@@ -1018,6 +1030,8 @@ def main() -> int:
             return 0
         for warning in near_misses(os.environ):
             ctx.log(f"warning: {warning}")
+        if ctx.is_main:
+            retire_score(path.with_name("eval.json"), ctx)
         result = evaluate_artifact(path, ctx, audit="--audit" in flags)
         print_report(result, ctx)
         if result["audit"]:

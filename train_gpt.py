@@ -274,7 +274,7 @@ class Config:
     ttt_lr_schedule: str = _eval("cosine", "over chunks", choices=("constant", "cosine", "adaptive"))
     ttt_polyak: float = _eval(0.0, "decay of the averaged weights used for scoring; 0: off", low=0, high=0.99999)
     ttt_byte_weighted: bool = _eval(False, "weight each token's loss by its bytes")
-    ttt_hash_buckets: int = _eval(0, "zero-initialised evaluation-time hash embedding; 0: off", low=0)
+    ttt_hash_buckets: int = _eval(0, "zero-initialised evaluation-time hash embedding; 0: off", low=0, high=1 << 24)
     ttt_hash_lr_mult: float = _eval(10.0, "its learning rate over TTT_LR", low=0)
     ttt_reset_per_doc: bool = _eval(False, "forget at document starts")
     ttt_batch_seqs: int = _eval(32, "sequences a TTT step, over all ranks", low=1)

@@ -1,0 +1,98 @@
+"""What one command hands to the next is tied by content: tokenizer, shards, model, artifact, score."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from test_pipeline import command
+
+import demo
+import eval_ttt
+import quantize as Q
+import train_gpt as T
+from data.shards import split_digest, tokenizer_hash
+from parts import packing
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    """A run of two steps, quantized and scored."""
+    runs = tmp_path_factory.mktemp("handover")
+    settings = {"RUNS_DIR": runs, "RUN_ID": "run", "DEVICE": "cpu", "ITERATIONS": 2, "EVAL_TOKENS": 300, "LAYER_PATTERN": "AT"}
+    command(T, **{**dataset.settings, **settings})
+    command(Q, runs / "run")
+    command(eval_ttt, runs / "run")  # a folder means its artifact, as for quantize.py
+    return runs / "run"
+
+
+def other_validation(dataset, tmp_path):
+    """The same tokens, one of them another; without a manifest, which would tell."""
+    folder = shutil.copytree(dataset.path, tmp_path / "other")
+    (folder / "manifest.json").unlink()
+    shard = folder / "fineweb_val_000000.bin"
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.write_bytes(data)
+    return folder
+
+
+def test_hashes_travel_from_the_shards_to_the_score(run, dataset):
+    made_from = {
+        "tokenizer_sha256": tokenizer_hash(dataset.tokenizer),
+        "train_data_sha256": split_digest(dataset.path, "train"),
+        "val_data_sha256": split_digest(dataset.path, "val"),
+    }
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    header, _ = packing.unpack_artifact((run / "artifact.bin").read_bytes())
+    for meta in (T.load_tensors(checkpoint)[1], T.load_run(run)[2], header):
+        assert made_from.items() <= meta.items()
+    assert json.loads((run / "eval.json").read_text())["run"]["tokenizer_sha256"] == made_from["tokenizer_sha256"]
+
+
+def test_a_failed_evaluation_leaves_no_score(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    before = (folder / "eval.json").read_bytes()
+    with pytest.raises(T.UserError, match="TTT"):
+        command(eval_ttt, folder / "artifact.bin", TTT_LR=1e30, TTT_CHUNK_TOKENS=64, DEVICE="cpu")
+    assert not (folder / "eval.json").exists() and (folder / "eval.previous.json").read_bytes() == before
+
+
+def test_a_shard_that_is_not_the_manifests_is_named(dataset, tmp_path):
+    folder = other_validation(dataset, tmp_path)
+    shutil.copy(dataset.path / "manifest.json", folder)
+    with pytest.raises(T.UserError, match=r"fineweb_val_000000\.bin is not the file that manifest\.json beside it describes"):
+        split_digest(folder, "val")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["tokens"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(T.UserError, match=r"fineweb_train_000000\.bin holds .* tokens, but manifest\.json beside it says"):
+        split_digest(folder, "train")
+
+
+def test_a_score_on_other_validation_data_says_so(run, dataset, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    command(eval_ttt, folder, DATA_PATH=other_validation(dataset, tmp_path), DEVICE="cpu", TTT_ENABLED=0)
+    assert "are not those the run was validated on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("module", "target"), [(Q, "."), (eval_ttt, "artifact.bin")])
+def test_every_command_refuses_a_tokenizer_that_did_not_write_the_shards(run, dataset, tmp_path, module, target):
+    folder = shutil.copytree(dataset.path, tmp_path / "data")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "ab" * 32
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(T.UserError, match=r"did not write the shards .*: their manifest\.json names a tokenizer with abababababab"):
+        command(module, shutil.copytree(run, tmp_path / "run") / target, DATA_PATH=folder, DEVICE="cpu")
+
+
+def test_the_demo_reports_what_can_be_read(run, tmp_path, monkeypatch, capsys):
+    cfg = T.resolve_config({"PRESET": "demo"})
+    values = dict(row[:2] for row in demo.report(run, cfg))
+    assert "-" not in values.values() and values["val_bpb, float model"].count(".") == 1
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "eval.json").write_text('{"ttt_bpb": null, "sliding_bpb": 3.25')
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes()[:-20])
+    assert {row[1] for row in demo.report(folder, cfg)} == {"-"}
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--help"])
+    assert demo.main() == 0 and "make demo" in capsys.readouterr().out
