@@ -2,6 +2,7 @@
 
     python codec.py compress runs/<RUN_ID>/artifact.bin TEXT OUT         any file, or .jsonl with a document a line ("text")
     python codec.py decompress OUT TEXT [--artifact ARTIFACT]            the artifact is looked for by its hash if it is not named
+    python codec.py prove runs/<RUN_ID>/artifact.bin                     the validation split there and back; what `eval_ttt.py --prove` runs
     python codec.py compare TEXT [ARTIFACT]                              the same text under xz, zstd and brotli
     TTT_ENABLED=0 EXPERTS=none python codec.py compress ...              evaluation settings are environment variables, kept in the file
 
@@ -23,12 +24,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,11 +46,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.shards import BOS_ID, SPACE, ByteTable, load_tokenizer, tokenizer_hash
+from data.shards import BOS_ID, SPACE, ByteTable, list_shards, load_tokenizer, tokenizer_hash
 from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, expert_config, repeatable_gradients
+from parts import packing
 from parts.artifact import load_artifact
 from parts.experts import ExpertMixture
-from parts.files import UserError, atomic_write, cli, sha256_file
+from parts.files import UserError, atomic_write, cli, read_json, sha256_file, write_json
 from train_gpt import (
     GPT,
     Config,
@@ -55,6 +60,7 @@ from train_gpt import (
     Linear,
     RunContext,
     eval_batch_size,
+    load_tokens,
     near_misses,
     resolve_config,
     setup_distributed,
@@ -260,7 +266,7 @@ class Streams:
 def choose_streams(cfg: Config, targets: int, device: torch.device) -> int:
     """CODEC_STREAMS, or as many as the device serves at about the price of one while each stays long enough to be worth its cold start."""
     most = cfg.codec_streams or (256 if device.type == "cuda" else 32)
-    return max(1, min(most, targets if cfg.codec_streams else targets // 2048))
+    return max(1, min(most, targets if cfg.codec_streams else targets // 512))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -565,11 +571,11 @@ class Session:
         if self.ctx.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         artifact = load_artifact(path, self.ctx.device)
-        base, cfg = artifact.meta["config"], artifact.cfg
+        base, cfg = Config.from_dict(artifact.meta["config"]).to_dict(), artifact.cfg
         if coded:
             here = {name: getattr(cfg, name) for name in _ELSEWHERE}
             cfg = Config.from_dict({**base, **here, **coded.header["settings"]})
-        self.settings = {name: value for name, value in cfg.to_dict().items() if name not in _ELSEWHERE and base.get(name) != value}
+        self.settings = {name: value for name, value in cfg.to_dict().items() if name not in _ELSEWHERE and base[name] != value}
         self.cfg, self.model = cfg, artifact.model
         tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
         self.spelling, self.byte_table = Spelling(tokenizer), ByteTable.from_tokenizer(tokenizer)
@@ -697,6 +703,83 @@ def find_artifact(sha256: bytes, source: Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Proof
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def prove(path: Path) -> dict:
+    """Compress the validation split, have a process that cannot read it decompress the file, and compare; what eval.json says of it.
+
+    That process sees the artifact, the tokenizer, a copy of the code and the file. The file stays beside the artifact: validation.coded.
+    """
+    header, _ = packing.read_header(path.read_bytes(), str(path))
+    cfg = resolve_config(os.environ, base=header["config"])
+    tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens).numpy()
+    if tokens[0] != BOS_ID:
+        tokens = np.concatenate(([BOS_ID], tokens))
+    documents = split_tokens(tokens, Spelling(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)))
+    with tempfile.TemporaryDirectory(prefix="proof_") as folder:
+        text, cell = Path(folder) / "text" / "validation.jsonl", Path(folder) / "cell"
+        text.parent.mkdir()
+        text.write_bytes(b"".join(b'{"text": ' + _json_string(document, 0) + b"}\n" for document in documents))
+        coded = path.with_name("validation.coded")
+        figures = compress(path, text, coded)
+        if torch.cuda.is_available():  # the other process needs the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+        copy_code(cell / "code")
+        for source, name in ((path, "artifact.bin"), (coded, "coded"), (cfg.tokenizer_path, "tokenizer.model")):
+            shutil.copyfile(source, cell / name)
+        began = time.perf_counter()
+        command = ["code/codec.py", "decompress", "coded", "restored", "--artifact", "artifact.bin"]
+        status = run_apart(command, cell, secret=[text, *list_shards(cfg.data_path, "val")], TOKENIZER_PATH="tokenizer.model")
+        seconds = time.perf_counter() - began
+        same = sha256_file(cell / "restored") == sha256_file(text)
+    return {
+        "val_bpb_file": figures["bpb_file"],
+        "bytes_file": figures["bytes"],
+        "proof": {
+            "restored": same,
+            "apart": status,
+            "text_bytes": figures["text_bytes"],
+            "bpb_probabilities": figures["bpb_probabilities"],
+            "streams": figures["streams"],
+            "tokens": figures["tokens"],
+            "seconds_compress": figures["seconds"],
+            "seconds_decompress": seconds,
+            "artifact_sha256": sha256_file(path),
+        },
+    }
+
+
+def copy_code(folder: Path) -> None:
+    root = Path(__file__).resolve().parent
+    for source in (path for pattern in ("*.py", "parts/*.py", "data/*.py") for path in root.glob(pattern)):
+        (folder / source.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / source.relative_to(root))
+
+
+def run_apart(command: Sequence[str], cell: Path, secret: Sequence[Path], **settings: str) -> dict:
+    """Run one of the project's commands within the folder `cell`, shut off from everything else; what was verified of that.
+
+    Raises UserError where it fails.
+    """
+    ours, theirs = os.pipe()
+    order = {"read": [str(cell)], "scratch": str(cell), "secret": [str(path.resolve()) for path in secret], "status": theirs}
+    keep = {"DATA_PATH", "RUNS_DIR", "RUN_ID", "PRESET"}
+    environment = {name: value for name, value in os.environ.items() if name not in keep} | settings
+    environment |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(cell)) | {"PYTHONPATH": str(cell / "code")}
+    shut = [sys.executable, "-m", "parts.sandbox", json.dumps(order), sys.executable, *command]
+    done = subprocess.run(shut, cwd=cell, env=environment, pass_fds=(theirs,))
+    os.close(theirs)
+    with open(ours) as report:
+        status = json.loads(report.readline() or "{}")
+    if done.returncode:
+        raise UserError(f"the process apart ended with exit code {done.returncode}: the proof failed")
+    return status
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Other compressors
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -732,13 +815,29 @@ def compare(source: Path, path: Path | None) -> list[str]:
 # Command
 # ----------------------------------------------------------------------------------------------------------------------
 
-USAGE = "usage: python codec.py compress ARTIFACT TEXT OUT | decompress OUT TEXT [--artifact ARTIFACT] | compare TEXT [ARTIFACT]"
+USAGE = "usage: python codec.py compress ARTIFACT TEXT OUT | decompress OUT TEXT [--artifact ARTIFACT] | prove ARTIFACT | compare TEXT [ARTIFACT]"
 
 
 def existing(name: str) -> Path:
     if not Path(name).is_file():
         raise UserError(f"{name} is not a file")
     return Path(name)
+
+
+def prove_command(path: Path) -> int:
+    """Report the proof, and add it to the eval.json beside the artifact."""
+    result = prove(path)
+    proof, evaluation = result["proof"], path.with_name("eval.json")
+    shut = " and ".join(name for name in ("files", "network") if proof["apart"].get(name)) or "nothing"
+    print(
+        f"val_bpb_file:{result['val_bpb_file']:.6f} bytes_file:{result['bytes_file']:,} of {proof['text_bytes']:,} bytes of text "
+        f"({proof['bpb_probabilities']:.6f} by the probabilities), {proof['streams']} streams; compressed in {proof['seconds_compress']:.1f}s, "
+        f"decompressed in {proof['seconds_decompress']:.1f}s by a process shut off from {shut}: {'the same text' if proof['restored'] else 'ANOTHER TEXT'}"
+    )
+    if written := read_json(evaluation):
+        write_json(evaluation, written | result)
+        print(f"val_bpb:{written['val_bpb']:.6f} is what {evaluation} says; the proof is beside it")
+    return 0 if proof["restored"] else 1
 
 
 def main() -> int:
@@ -767,6 +866,8 @@ def main() -> int:
     elif verb == "decompress" and len(names) == 2:
         figures = decompress(existing(names[0]), Path(names[1]), named)
         print(f"{figures['bytes']:,} bytes in {figures['seconds']:.1f}s, {figures['tokens'] / max(figures['seconds'], 1e-9):,.0f} tokens/s")
+    elif verb == "prove" and len(names) == 1 and not named:
+        return prove_command(existing(names[0]))
     elif verb == "compare" and len(names) in (1, 2) and not named:
         for line in compare(existing(names[0]), existing(names[1]) if len(names) == 2 else None):
             print(line)

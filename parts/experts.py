@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -66,6 +67,16 @@ class KeyIndex:
                 slot = torch.searchsorted(run_keys, keys)
                 found = torch.where(run_keys[slot] == keys, run_ids[slot], found)
         return found if isinstance(found, Tensor) else torch.full_like(keys, found)
+
+    def ranges(self, first: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every known key within `width` of first [n], run by run: (which of them, the key less it, id), all [found]. Negative ones have none."""
+        for run_keys, run_ids in self._runs:
+            begin = torch.searchsorted(run_keys, first)
+            count = torch.where(first >= 0, torch.searchsorted(run_keys, first + width) - begin, 0)
+            ends, total = count.cumsum(0), int(count.sum())
+            which = torch.repeat_interleave(torch.arange(len(first), device=self.device), count, output_size=total)
+            at = torch.arange(total, device=self.device) + (begin - ends + count)[which]
+            yield which, run_keys[at] - first[which], run_ids[at]
 
     def insert(self, unique_keys: Tensor) -> Tensor:
         """Ids of sorted, distinct `unique_keys`, unknown ones inserted; -1 for negative keys and what no longer fits."""
@@ -184,14 +195,22 @@ class NgramHistory:
         ids = self.pairs.lookup(nodes[:, :, None] * self.base + candidates[:, None, :])
         return torch.where((ids >= 0)[..., None], self.pair_stats[ids.clamp_min(0)], 0)
 
-    def probs(self, nodes: Tensor, candidates: Tensor, smoothing: str = "kneser_ney") -> Tensor:
-        """Interpolated n-gram probabilities [n, K, m]: slice k uses contexts up to k tokens; slice 0 is the unigram model.
+    def all_counts(self, nodes: Tensor) -> Tensor:
+        """`pair_counts` [n, K, V, 2] of the whole vocabulary: a node's pairs are neighbours in the index, and mostly few."""
+        counts = self.pair_stats.new_zeros(nodes.numel(), self.vocab_size, 2)
+        for which, token, ids in self.pairs.ranges(nodes.reshape(-1) * self.base, self.vocab_size):
+            counts[which, token] = self.pair_stats[ids]
+        return counts.view(*nodes.shape, self.vocab_size, 2)
+
+    def probs(self, nodes: Tensor, candidates: Tensor | None, smoothing: str = "kneser_ney") -> Tensor:
+        """Interpolated n-gram probabilities [n, K, m]: slice k uses contexts up to k tokens; slice 0 is the unigram model. candidates None:
+        of the whole vocabulary, m = V.
 
         Each slice sums to 1 over the vocabulary: an order's missing mass goes to the order below, and the unigram's to the
         uniform distribution. Witten-Bell: lambda = types / (types + total). Kneser-Ney: absolute discounting with
         continuation counts below the highest order (Kneser & Ney 1995; Chen & Goodman 1999).
         """
-        counts = self.pair_counts(nodes, candidates).float()
+        counts = (self.all_counts(nodes) if candidates is None else self.pair_counts(nodes, candidates)).float()
         stats = torch.where((nodes >= 0)[..., None], self.node_stats[nodes.clamp_min(0)], 0).float()
         total, types, continued = (column[..., None] for column in stats.unbind(-1))
         count = counts[..., 0]
@@ -206,7 +225,7 @@ class NgramHistory:
         scale = scale.clamp_min(1)
         known = total > 0  # an unknown context passes everything on to the order below
         seen, passed_on = torch.where(known, seen / scale, 0.0), torch.where(known, passed_on / scale, 1.0)
-        p = torch.full(candidates.shape, 1.0 / self.vocab_size, device=candidates.device)
+        p = torch.full_like(seen[:, 0], 1.0 / self.vocab_size)
         slices = []
         for k in range(self.max_order):
             p = torch.addcmul(seen[:, k], passed_on[:, k], p)
@@ -650,16 +669,20 @@ class Prediction:
             bins = bins * (len(edges[name]) + 1) + torch.bucketize(value, edges[name], right=True)
         return bins
 
-    def member_probs(self, candidates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Every member's probabilities [n, m, E] of candidate tokens [n, m] at the (selected) positions."""
+    def member_probs(self, candidates: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Every member's probabilities [n, m, E] of candidate tokens [n, m], or of all (None), at the (selected) positions."""
         mixture, config = self.mixture, self.mixture.config
-        neural = self.ladder[-1][rows].gather(1, candidates).exp()
+
+        def of(log_p: Tensor) -> Tensor:
+            return (log_p[rows] if candidates is None else log_p[rows].gather(1, candidates)).exp()
+
+        neural = of(self.ladder[-1])
         columns = {"neural": neural}
         if "entropy" in mixture.members:
             flatten = self.flatten[rows]
             columns["entropy"] = (1 - flatten) * neural + flatten / mixture.vocab_size
         if "model" in mixture.members:
-            columns["model"] = self.ladder[0][rows].gather(1, candidates).exp()
+            columns["model"] = of(self.ladder[0])
         if mixture.updates != self.updates_before:
             raise RuntimeError("a prediction was asked for probabilities after its block had been counted")
         if set(mixture.members) & {"ngram", "cache", "unigram", "bigram", "trigram"}:
@@ -674,14 +697,13 @@ class Prediction:
                 columns[name] = slices[:, min(k, last)]
         return torch.stack([columns[name] for name in mixture.members], dim=-1)
 
-    def probs(self, candidates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Final probabilities [n, m] of candidate tokens [n, m] at the (selected) positions."""
+    def probs(self, candidates: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Final probabilities [n, m] of candidate tokens [n, m], or of all (None), at the (selected) positions."""
         return (self.member_probs(candidates, rows) * self.weights[rows][:, None, :]).sum(-1)
 
     def distribution(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """The full distribution [n, V] at the (selected) positions: `probs` of every token."""
-        n = self.nodes[rows].size(0)
-        return self.probs(torch.arange(self.mixture.vocab_size, device=self.nodes.device).expand(n, -1), rows)
+        return self.probs(None, rows)
 
     def statistics(self, targets: Tensor) -> Tensor:
         """What the transforms learn from, float64, summed over positions: the neural distribution that calibration corrects [V], then
