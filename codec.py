@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data import case_ops
 from data.shards import BOS_ID, SPACE, ByteTable, list_shards, load_tokenizer, tokenizer_hash
 from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, expert_config, repeatable_gradients
 from parts import packing
@@ -130,11 +131,13 @@ class Spelling:
     """Bytes ↔ tokens of one tokenizer, where decode(encode(x)) == x for every x.
 
     Text that the tokenizer would not give back (bytes that are no UTF-8, a literal "▁", what a normalizer changes) is narrowed down by
-    halving and spelled in byte pieces; all else is tokenized as the shards are.
+    halving and spelled in byte pieces; all else is tokenized as the shards are. Case operators are around all of it.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        same = lambda text: text
+        self.written, self.read = (case_ops.encode, case_ops.decode) if isinstance(tokenizer, case_ops.CaseTokenizer) else (same, same)
         self.pieces: list[bytes | None] = []  # bytes of each token; None: not text
         self.byte_token: dict[int, int] = {}
         for token in range(tokenizer.vocab_size()):
@@ -147,7 +150,7 @@ class Spelling:
             else:
                 self.pieces.append(piece.replace(SPACE, " ").encode())
         # A dummy prefix is a space before every document that is not in the text.
-        self.dummy_prefix = tokenizer.id_to_piece(tokenizer.encode("a")[0]).startswith(SPACE)
+        self.dummy_prefix = tokenizer.id_to_piece(tokenizer.encode_as_ids("a")[0]).startswith(SPACE)
 
     def _join(self, tokens: Sequence[int]) -> bytes | None:
         """The bytes of the pieces, None where one is no text."""
@@ -160,13 +163,16 @@ class Spelling:
         if data is None:
             raise UserError("a document holds tokens that stand for no text")
         prefixed = self.dummy_prefix and data[:1] == b" " and not self.tokenizer.is_byte(int(tokens[0]))
-        return data[prefixed:]
+        try:
+            return self.read(data[prefixed:].decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        except ValueError as error:
+            raise UserError(f"a document's tokens are no text: {error}") from None
 
     def encode(self, data: bytes) -> list[int]:
         """A document's tokens. Raises UserError for a byte that the vocabulary cannot spell."""
         tokens: list[int] = []
         # Bytes that are no UTF-8 become lone surrogates, which no text has.
-        for run in re.finditer("[\udc80-\udcff]+|[^\udc80-\udcff]+", data.decode("utf-8", "surrogateescape")):
+        for run in re.finditer("[\udc80-\udcff]+|[^\udc80-\udcff]+", self.written(data.decode("utf-8", "surrogateescape"))):
             valid = not "\udc80" <= run[0][0] <= "\udcff"
             tokens += self._encode_text(run[0], not run.start()) if valid else self._spell(run[0].encode("utf-8", "surrogateescape"))
         return tokens
@@ -185,7 +191,7 @@ class Spelling:
         elif self.dummy_prefix:
             before, _, body = text.partition(" ")
             head = self._spell(before.encode())
-        tokens = head + (self.tokenizer.encode(body) if body else [])
+        tokens = head + (self.tokenizer.encode_as_ids(body) if body else [])
         if self._join(tokens) == expected:
             return tokens
         if len(text) == 1:
@@ -710,7 +716,8 @@ def find_artifact(sha256: bytes, source: Path) -> Path:
 def prove(path: Path) -> dict:
     """Compress the validation split, have a process that cannot read it decompress the file, and compare; what eval.json says of it.
 
-    That process sees the artifact, the tokenizer, a copy of the code and the file. The file stays beside the artifact: validation.coded.
+    That process sees the artifact, the tokenizer, a copy of the code and the file. What it restores is kept beside the artifact:
+    validation.coded.
     """
     header, _ = packing.read_header(path.read_bytes(), str(path))
     cfg = resolve_config(os.environ, base=header["config"])
@@ -722,19 +729,22 @@ def prove(path: Path) -> dict:
         text, cell = Path(folder) / "text" / "validation.jsonl", Path(folder) / "cell"
         text.parent.mkdir()
         text.write_bytes(b"".join(b'{"text": ' + _json_string(document, 0) + b"}\n" for document in documents))
-        coded = path.with_name("validation.coded")
+        coded = cell / "coded"
+        copy_code(cell / "code")
         figures = compress(path, text, coded)
         if torch.cuda.is_available():  # the other process needs the memory
             gc.collect()
             torch.cuda.empty_cache()
-        copy_code(cell / "code")
-        for source, name in ((path, "artifact.bin"), (coded, "coded"), (cfg.tokenizer_path, "tokenizer.model")):
+        for source, name in ((path, "artifact.bin"), (cfg.tokenizer_path, "tokenizer.model")):
             shutil.copyfile(source, cell / name)
         began = time.perf_counter()
         command = ["code/codec.py", "decompress", "coded", "restored", "--artifact", "artifact.bin"]
         status = run_apart(command, cell, secret=[text, *list_shards(cfg.data_path, "val")], TOKENIZER_PATH="tokenizer.model")
         seconds = time.perf_counter() - began
         same = sha256_file(cell / "restored") == sha256_file(text)
+        if same:
+            with atomic_write(path.with_name("validation.coded")) as temporary:
+                shutil.copyfile(coded, temporary)
     return {
         "val_bpb_file": figures["bpb_file"],
         "bytes_file": figures["bytes"],

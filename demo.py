@@ -47,6 +47,7 @@ def main() -> int:
         "train": (folder / "model.safetensors", "train_gpt.py"),
         "quantize": (artifact, "quantize.py", str(folder.relative_to(ROOT))),
         "evaluate": (folder / "eval.json", "eval_ttt.py", str(artifact.relative_to(ROOT))),
+        "prove": (folder / "validation.coded", "codec.py", "prove", str(artifact.relative_to(ROOT))),
     }
     timings = folder / "demo.json"
     seconds = {title: spent for title, spent in (read_json(timings) or {}).items() if isinstance(spent, (int, float))}
@@ -73,6 +74,9 @@ def report(folder: Path, cfg: Config) -> list[tuple[str, str, str]]:
         ("bytes, model", result.get("bytes_model"), ""),
         ("bytes, code", result.get("bytes_code"), ""),
         ("bytes, total", result.get("bytes_total"), f"limit {SIZE_LIMIT_BYTES:,}"),
+        ("val_bpb, as a file", result.get("val_bpb_file"), "8 * file / text; restored by a process that cannot read the text"),
+        ("bytes, validation text", (result.get("proof") or {}).get("text_bytes"), ""),
+        ("bytes, compressed", result.get("bytes_file"), f"{folder.name}/validation.coded"),
     ]
     shown = []
     for name, value, note in rows:

@@ -16,7 +16,8 @@ from test_eval import byte_table, config, evaluator, randomized, stream
 
 import codec
 from codec import Channel, CodedText, Lockstep, Spelling, Streams, frequencies, transmit
-from data.shards import BOS_ID, load_tokenizer, tokenizer_hash
+from data.prepare import train_tokenizer
+from data.shards import BOS_ID, load_tokenizer, parse_tokenizer, tokenizer_hash
 from parts import packing
 from parts.files import UserError
 from parts.packing import Record
@@ -32,6 +33,7 @@ ODD = {
     "no UTF-8": b"\xff\xfe caf\xc3 \x80\x80 end\xf0\x9f",
     "tokenizer's space": "  ▁ ▁▁x ".encode(),
     "forms": "e\u0301 ﬁ Ⅷ \u2028 \ufeff 　x".encode(),
+    "case": "The iPhone, McCoy ABC aB \ue011 \ue014x".encode() + b" A\xffB\xc3",
     "spaces": b"   a  b \n\n   c   ",
     "control words": b"<s> </s> <unk> <0x41>",
     "long": b"import heapq\nfor x in heapq.merge([1], [2]):\n    print(x)\n" * 3,
@@ -55,20 +57,26 @@ def lossy_tokenizer(tmp_path_factory):
     return load_tokenizer(folder / "t.model")
 
 
-@pytest.mark.parametrize("kind", ["ours", "lossy"])
+@pytest.fixture(scope="session")
+def case_tokenizer():
+    text = ["The quick BROWN fox, iPhone and McCoy jump over the lazy dog\n"] * 50
+    return parse_tokenizer(train_tokenizer(text, 320, 1.0, with_case_ops=True), "case")
+
+
+@pytest.mark.parametrize("kind", ["ours", "lossy", "case"])
 @pytest.mark.parametrize("name", ODD)
-def test_every_document_survives_its_tokens(name, kind, dataset, lossy_tokenizer):
-    tokenizer = load_tokenizer(dataset.tokenizer) if kind == "ours" else lossy_tokenizer
+def test_every_document_survives_its_tokens(name, kind, dataset, lossy_tokenizer, case_tokenizer):
+    tokenizer = {"ours": load_tokenizer(dataset.tokenizer), "lossy": lossy_tokenizer, "case": case_tokenizer}[kind]
     spelling, document = Spelling(tokenizer), ODD[name]
     tokens = spelling.encode(document)
     assert spelling.decode(tokens) == document and BOS_ID not in tokens
-    if kind == "ours" and name in ("CRLF", "NUL", "spaces", "long"):
+    if kind != "lossy" and name in ("CRLF", "NUL", "spaces", "long"):
         assert tokens == tokenizer.encode(document.decode()), "text that the tokenizer gives back is tokenized as in the shards"
 
 
-def test_random_bytes_survive(dataset, lossy_tokenizer):
+def test_random_bytes_survive(dataset, lossy_tokenizer, case_tokenizer):
     rng = np.random.default_rng(0)
-    for tokenizer in (load_tokenizer(dataset.tokenizer), lossy_tokenizer):
+    for tokenizer in (load_tokenizer(dataset.tokenizer), lossy_tokenizer, case_tokenizer):
         spelling = Spelling(tokenizer)
         for _ in range(20):
             document = bytes(rng.choice(list(b" aA\n\r\t\0\xc3\xa9\xe2\x96\x81\xff\xf0"), rng.integers(1, 60)).tolist())
@@ -378,6 +386,18 @@ def test_the_command_decodes_in_another_process_and_finds_the_artifact(coded, ar
     failed = command("decompress", "cut", "nothing")
     assert failed.returncode == 2 and failed.stderr.startswith("error: cut is damaged") and failed.stderr.count("\n") == 1
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_proof_is_made_by_a_process_that_cannot_read_the_text(artifact, clean, monkeypatch, tmp_path, capfd):
+    for name in ("artifact.bin", "eval.json"):
+        (tmp_path / name).write_bytes(artifact.read_bytes() if name == "artifact.bin" else b'{"val_bpb": 1.5}')
+    monkeypatch.setenv("EVAL_TOKENS", "150")
+    assert codec.prove_command(tmp_path / "artifact.bin") == 0
+    written = json.loads((tmp_path / "eval.json").read_text())
+    proof, coded = written["proof"], tmp_path / "validation.coded"
+    assert proof["restored"] and proof["apart"]["files"] and proof["apart"]["network"] and written["val_bpb"] == 1.5
+    assert written["bytes_file"] == coded.stat().st_size and written["val_bpb_file"] == 8 * written["bytes_file"] / proof["text_bytes"]
+    assert 100 < proof["text_bytes"] < 1000 and "the same text" in capfd.readouterr().out
 
 
 def test_other_compressors(tmp_path):
