@@ -5,6 +5,7 @@
     TTT_LR=0.01 TTT_PARAMS=mlp python eval_ttt.py ARTIFACT               every setting is an environment variable
     EXPERTS=tilt,ngram python eval_ttt.py ARTIFACT --audit               with experts, checked against the four conditions (parts/audit.py)
     python eval_ttt.py ARTIFACT --referee RAW.jsonl [--cuts N]           judged on raw text that it never sees ahead (parts/REFEREE.md)
+    python eval_ttt.py ARTIFACT --prove                                  then the validation text as a file, there and back (codec.py)
     python eval_ttt.py ARTIFACT --serve                                  the judged side: a text through stdin, piece by piece
 
 Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json (--referee: referee.json) beside the
@@ -24,6 +25,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -783,6 +785,18 @@ def referee_artifact(path: Path, cfg: Config, text: Path, options: list[str]) ->
         return subprocess.run([*judge, *options, "--", *command]).returncode
 
 
+def prove_artifact(path: Path) -> int:
+    """`--prove`: compress the validation text with the artifact and have it restored, in processes of their own. codec.py is no part of a submission."""
+    program = Path(__file__).resolve().with_name("codec.py")
+    if not program.is_file():
+        raise UserError("a submission does not carry the codec: run --prove from the project's folder")
+    if torch.cuda.is_available():  # the processes use the same GPU
+        gc.collect()
+        torch.cuda.empty_cache()
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run([sys.executable, str(program), "prove", str(path)], env=alone).returncode
+
+
 def audit_run(
     path: Path, artifact: Artifact, evaluator: ScoreFirstEvaluator, tokens: Tensor, trace: EvaluationTrace
 ) -> list[auditing.Check]:
@@ -1000,11 +1014,13 @@ def main() -> int:
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
         return 0
-    usage = "usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit | --serve | --referee RAW.jsonl [--block N] [--cuts N]]"
+    usage = (
+        "usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit] [--prove] [--serve | --referee RAW.jsonl [--block N] [--cuts N]]"
+    )
     paths, flags, values = [], set(), {}
     while arguments:
         argument = arguments.pop(0)
-        if argument in ("--audit", "--serve"):
+        if argument in ("--audit", "--prove", "--serve"):
             flags.add(argument)
         elif argument in ("--referee", "--block", "--cuts") and arguments:
             values[argument] = arguments.pop(0)
@@ -1013,7 +1029,8 @@ def main() -> int:
         else:
             paths.append(argument)
     text = values.pop("--referee", None)
-    if len(paths) != 1 or len(flags) + (text is not None) > 1 or (values and text is None):
+    apart = ("--serve" in flags) + (text is not None)  # what is done instead of an evaluation
+    if len(paths) != 1 or apart > 1 or (apart and flags - {"--serve"}) or (values and text is None):
         raise UserError(usage)
     path = Path(paths[0])
     path = path / "artifact.bin" if path.is_dir() else path
@@ -1046,7 +1063,8 @@ def main() -> int:
             ctx.log(f"wrote {path.with_name('eval.json')}")
     finally:
         ctx.close()
-    return 1 if result["audit"] and result["audit"]["verdict"] == auditing.FAIL else 0
+    failed = prove_artifact(path) if "--prove" in flags and ctx.is_main else 0
+    return 1 if result["audit"] and result["audit"]["verdict"] == auditing.FAIL else failed
 
 
 if __name__ == "__main__":
