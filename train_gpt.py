@@ -146,6 +146,7 @@ class Config:
     gdn_output_norm: bool = _model(True, "RMSNorm of each head's output before the gate")
     gdn_a_min: float = _model(1.0, "A ~ logU(GDN_A_MIN, GDN_A_MAX) at init", low=1e-4)
     gdn_a_max: float = _model(16.0, "see GDN_A_MIN", low=1e-4)
+    cuda_graphs: bool = _data(True, "replay training's micro-batches as CUDA graphs, where they are compiled")
     fused_kernels: str = _data(
         "auto", "Triton kernels of parts/kernels.py: 0 plain, 1 required, auto where they run", choices=("auto", "0", "1")
     )
@@ -1608,8 +1609,9 @@ class Block(nn.Module):
         lanes = list(x) if x.dim() == 4 else [x] * self.lanes
         if skip is not None:  # skips go into the first lane
             lanes[0] = torch.lerp(skip.weight.to(x.dtype) * skip.kept, lanes[0], torch.sigmoid(skip.gate).to(x.dtype))
-        x_in, normed = (kernels.mix_norm if ctx.kernels.fused else kernels.plain_mix_norm)(lanes[0], x0, self.resid_mix, scale)
-        scale = scale.to(x.dtype)
+        mix, scale = self.resid_mix.to(x.dtype), scale.to(x.dtype)
+        x_in = mix[0] * lanes[0] + mix[1] * x0
+        normed = rms_norm(x_in) * scale
         if self.lanes == 2:
             mixed = self.mixer(normed, ctx, self.mixer_scale)
             hidden = self.mlp(rms_norm(lanes[1]) * scale, ctx, self.mlp_scale)
@@ -2762,6 +2764,78 @@ class Saved:
     retry_at: float | None = None  # after an attempt that failed
 
 
+class MicroStep:
+    """Forward and backward of one micro-batch: adds to the parameters' gradients and returns the loss.
+
+    One takes some two thousand launches, for which the host needs about 60 ms: longer than an H100 computes on 65,536 tokens. So where `graphed`,
+    a micro-batch that has run a few times (compiled, tuned) is captured as a CUDA graph and replayed as one launch, a graph for each shape,
+    with and without recurrence. The graphs share one memory pool and one set of gradients, into which they add.
+    """
+
+    EAGER_RUNS = 2
+
+    def __init__(self, model: GPT, forward: Callable[..., Tensor], graphed: bool):
+        self.model, self.forward, self.graphed = model, forward, graphed
+        self.params = list(model.parameters())
+        self.gradients: list[Tensor] = []  # the graphs' own, made at the first capture
+        self.runs: dict[tuple, int] = {}
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor, list[int]]] = {}
+
+    def __call__(self, inputs: Tensor, targets: Tensor, boundaries: Tensor | None, span: int, accumulation: int) -> Tensor:
+        batch = [inputs, targets, boundaries]
+        key = (inputs.shape, boundaries is not None and boundaries.shape, span, accumulation, self.model.looping)
+        self.runs[key] = self.runs.get(key, 0) + 1
+        if not self.graphed or self.runs[key] <= self.EAGER_RUNS:
+            return self._run(batch, span, accumulation)
+        if key not in self.graphs:
+            self._capture(key, batch, span, accumulation)
+        graph, static, loss, used = self.graphs[key]
+        self._bind(used)
+        for place, value in zip(static, batch):
+            if place is not None:
+                place.copy_(value, non_blocking=True)
+        graph.replay()
+        return loss
+
+    def _run(self, batch: list[Tensor | None], span: int, accumulation: int) -> Tensor:
+        inputs, targets, boundaries = batch
+        loss = self.forward(inputs, targets, boundaries=boundaries, span=span) / accumulation
+        loss.backward()
+        return loss.detach()
+
+    def _bind(self, used: list[int]) -> None:
+        """Gradients that the graphs add into: zero at a step's first micro-batch, else what the micro-batches before have left."""
+        fresh = [index for index in used if self.params[index].grad is None]
+        torch._foreach_zero_([self.gradients[index] for index in fresh])
+        for index in used:
+            gradient = self.params[index].grad
+            if gradient is not None and gradient is not self.gradients[index]:
+                self.gradients[index].copy_(gradient)
+            self.params[index].grad = self.gradients[index]
+
+    def _capture(self, key: tuple, batch: list[Tensor | None], span: int, accumulation: int) -> None:
+        """Record the launches. Parameters that this micro-batch does not reach (skips before the recurrence) keep no gradient, as without graphs."""
+        if not self.gradients:
+            self.gradients = [torch.zeros_like(param) for param in self.params]
+        kept = [param.grad for param in self.params]
+        for param in self.params:
+            param.grad = None
+        self._run(batch, span, accumulation)
+        used = [index for index, param in enumerate(self.params) if param.grad is not None]
+        for index, param in enumerate(self.params):
+            param.grad = self.gradients[index] if index in used else None
+        static = [None if value is None else value.clone() for value in batch]
+        if static[2] is not None:
+            torch._dynamo.mark_dynamic(static[2], 0)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self._run(static, span, accumulation)
+        self.graphs[key] = graph, static, loss, used
+        for param, gradient in zip(self.params, kept):
+            param.grad = gradient
+
+
 class Trainer:
     """One training run, from fresh or restored state to model.safetensors."""
 
@@ -2796,7 +2870,8 @@ class Trainer:
         model = build_model(cfg, ctx.device)
         ema = [param.detach().clone() for param in model.parameters()] if cfg.ema_decay else []
         self.state = TrainState(model, Optimizers(model, cfg, ctx), stream, ema)
-        self.forward = maybe_compile(model)
+        compiled = compile_mode(cfg, ctx.device) != "0"
+        self.micro_step = MicroStep(model, maybe_compile(model), ctx.device.type == "cuda" and compiled and cfg.cuda_graphs)
         self.in_flight: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
         self.last_loss = float("nan")
         self.qat = False
@@ -2843,9 +2918,7 @@ class Trainer:
             boundaries = None
             if self.cfg.document_mask and "fa4" in (state.model.kernels.full, state.model.kernels.windowed):
                 boundaries = state.stream.boundaries(first, batch.per_micro, batch.row_tokens, self.ctx.device, batch.span)
-            micro_loss = self.forward(inputs, targets, boundaries=boundaries, span=batch.span) / batch.accumulation
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            loss += self.micro_step(inputs, targets, boundaries, batch.span, batch.accumulation)
         return loss
 
     def undo_step(self, generators: list[Tensor]) -> None:

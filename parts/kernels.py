@@ -4,7 +4,6 @@
 |---|---|---|
 | `fused_mlp` | the activation is the epilogue of the first product, its derivative that of the second's gradient; one tensor is kept | `plain_mlp` |
 | `softcap_cross_entropy` | one pass over the logits, which the gradient replaces in place | `train_gpt.output_head` |
-| `mix_norm` | the backward reads x, x0 and both gradients once, column sums included | `plain_mix_norm` |
 | `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
 | `flash_attention` | flash-attn-4 (CuTe) for full, windowed and by-document attention, with the row's log-sum for sinks | `train_gpt.naive_attention` |
 
@@ -246,93 +245,6 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
 def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Mean over tokens of the cross-entropy of cap·tanh(x Wᵀ/cap); x [..., C], weight [V,C] (cast to x's dtype), targets int64 [...]."""
     return _SoftcapCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, targets.reshape(-1), cap)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Residual mix and norm: m0·x + m1·x0, and its RMSNorm times a scale
-# ----------------------------------------------------------------------------------------------------------------------
-
-# The compiler's forward is one pass already. Its backward reads everything twice, the second time for the column sums of m0 and m1; here a
-# persistent grid keeps those in registers, and a fixed order of addition keeps the gradient repeatable.
-
-if triton is not None:
-
-    @triton.jit
-    def _mix_norm_backward(x, x0, mix, scale, d_mixed, d_normed, d_x, d_x0, d_mix, M, C, eps, BM: tl.constexpr, BC: tl.constexpr):
-        columns = tl.arange(0, BC)
-        inside = columns < C
-        m0 = tl.load(mix + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        m1 = tl.load(mix + C + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        factor = tl.load(scale).to(tl.float32)
-        sum0, sum1 = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-        program, programs = tl.program_id(0), tl.num_programs(0)
-        per_program = tl.cdiv(tl.cdiv(M, BM), programs)
-        for step in range(per_program):
-            rows = (program * per_program + step) * BM + tl.arange(0, BM)
-            here = (rows < M)[:, None] & inside[None, :]
-            at = rows.to(tl.int64)[:, None] * C + columns[None, :]
-            a = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-            b = tl.load(x0 + at, mask=here, other=0.0).to(tl.float32)
-            mixed = m0 * a + m1 * b
-            inverse = tl.rsqrt(tl.sum(mixed * mixed, 1) / C + eps)[:, None]
-            unit = mixed * inverse
-            g = tl.load(d_normed + at, mask=here, other=0.0).to(tl.float32) * factor
-            gradient = inverse * (g - unit * (tl.sum(g * unit, 1) / C)[:, None])
-            gradient += tl.load(d_mixed + at, mask=here, other=0.0).to(tl.float32)
-            tl.store(d_x + at, (m0 * gradient).to(d_x.dtype.element_ty), mask=here)
-            tl.store(d_x0 + at, (m1 * gradient).to(d_x0.dtype.element_ty), mask=here)
-            sum0 += tl.sum(gradient * a, 0)
-            sum1 += tl.sum(gradient * b, 0)
-        tl.store(d_mix + program * 2 * C + columns, sum0, mask=inside)
-        tl.store(d_mix + program * 2 * C + C + columns, sum1, mask=inside)
-
-
-@torch.library.custom_op("golf::mix_norm_backward", mutates_args=())
-def _mix_norm_gradient(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, d_mixed: Tensor, d_normed: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = x.shape
-    d_x, d_x0 = torch.empty_like(x), torch.empty_like(x)
-    block = 2
-    programs = min(8 * _programs(x.device), triton.cdiv(rows, block))
-    partial = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
-    eps = torch.finfo(x.dtype).eps if x.dtype == torch.float32 else torch.finfo(torch.float32).eps
-    _mix_norm_backward[(programs,)](
-        x, x0, mix, scale, d_mixed, d_normed, d_x, d_x0, partial, rows, width, eps,
-        BM=block, BC=triton.next_power_of_2(width), num_warps=4,
-    )  # fmt: skip
-    return d_x, d_x0, partial.sum(0)
-
-
-@_mix_norm_gradient.register_fake
-def _(x, x0, mix, scale, d_mixed, d_normed):
-    return torch.empty_like(x), torch.empty_like(x), mix.new_empty(mix.shape, dtype=torch.float32)
-
-
-class _MixNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, x0, mix, scale):
-        ctx.save_for_backward(x, x0, mix, scale)
-        return plain_mix_norm(x, x0, mix, scale)
-
-    @staticmethod
-    def backward(ctx, d_mixed, d_normed):
-        x, x0, mix, scale = ctx.saved_tensors
-        flat = lambda t: t.contiguous().view(-1, t.size(-1))
-        d_x, d_x0, d_mix = _mix_norm_gradient(flat(x), flat(x0), mix, scale, flat(d_mixed), flat(d_normed))
-        return d_x.view(x.shape), d_x0.view(x.shape), d_mix.to(mix.dtype), None
-
-
-def mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(mixed, rms_norm(mixed) · scale) with mixed = mix[0]·x + mix[1]·x0; x, x0 [..., C], mix float32 [2,C], scale a number without gradient."""
-    return _MixNorm.apply(x, x0, mix, scale)
-
-
-def plain_mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The twin of `mix_norm`."""
-    mix = mix.to(x.dtype)
-    mixed = mix[0] * x + mix[1] * x0
-    return mixed, F.rms_norm(mixed, (mixed.size(-1),)) * scale.to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,17 +75,6 @@ def test_softcapped_cross_entropy(tokens, vocabulary, cap):
         compare(ours, twin, inputs, 0.015)
 
 
-@pytest.mark.parametrize("tokens,width", [(37, 24), (1, 64), (9, 8)])
-def test_mix_norm(tokens, width):
-    scale = torch.tensor(0.4, device=DEVICE)
-    inputs = [random(1, tokens, width), random(1, tokens, width), random(2, width, dtype=torch.float32)]
-
-    def both(function):  # one tensor out: every gradient meets both outputs
-        return lambda x, x0, mix: torch.cat(function(x, x0, mix, scale))
-
-    compare(both(kernels.mix_norm), both(kernels.plain_mix_norm), inputs, 0.015)
-
-
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("batch,length,heads,kv_heads", [(2, 19, 4, 2), (1, 33, 3, 3), (1, 1, 8, 1)])
 def test_exclusive_gate(gated, batch, length, heads, kv_heads):
