@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from data import case_ops
 from data.shards import BOS_ID, SPACE, ByteTable, list_shards, load_tokenizer, tokenizer_hash
-from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, expert_config, repeatable_gradients
+from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, repeatable_gradients
 from parts import packing
 from parts.artifact import load_artifact
 from parts.experts import ExpertMixture
@@ -57,8 +57,8 @@ from train_gpt import (
     GPT,
     Config,
     DecodeState,
+    EvalConfig,
     Kernels,
-    Linear,
     RunContext,
     eval_batch_size,
     load_tokens,
@@ -269,7 +269,7 @@ class Streams:
         return np.concatenate(parts)
 
 
-def choose_streams(cfg: Config, targets: int, device: torch.device) -> int:
+def choose_streams(cfg: EvalConfig, targets: int, device: torch.device) -> int:
     """CODEC_STREAMS, or as many as the device serves at about the price of one while each stays long enough to be worth its cold start."""
     most = cfg.codec_streams or (256 if device.type == "cuda" else 32)
     return max(1, min(most, targets if cfg.codec_streams else targets // 512))
@@ -377,32 +377,30 @@ class Lockstep:
     """
 
     def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext, streams: Streams):
-        if cfg.ttt_enabled and cfg.ttt_reset_per_doc:
+        if cfg.eval.ttt_enabled and cfg.eval.ttt_reset_per_doc:
             raise UserError(
                 "TTT_RESET_PER_DOC=1: streams in lockstep share their weights; compress with TTT_RESET_PER_DOC=0 or TTT_ENABLED=0"
             )
         # The plain kernels: those that choose a variant by timing it would not choose the same one twice. Documents scored from their own
         # first token are documents that do not see each other.
-        model.cfg = cfg.replace(document_mask=cfg.document_mask or cfg.eval_by_document)
+        model.cfg = dataclasses.replace(cfg.model, document_mask=cfg.model.document_mask or cfg.eval.eval_by_document)
         model.kernels = Kernels(full="plain" if model.cfg.document_mask else "flash", windowed="plain")
         self.model, self.cfg, self.ctx, self.device = model, cfg, ctx, ctx.device
         self.targets, self.steps, rows = streams.targets, streams.steps, len(streams.targets)
         self.lengths = torch.from_numpy(streams.targets).to(self.device)
         # Column t is the token before target t; the last one's successor is never needed, but written.
         self.tokens = torch.full((rows, self.steps + 1), BOS_ID, dtype=torch.int64, device=self.device)
-        self.window = cfg.eval_seq_len or cfg.train_seq_len
-        self.stride = cfg.eval_stride
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.fake_quantize = None
+        self.window = cfg.eval.eval_seq_len or cfg.train.train_seq_len
+        self.stride = cfg.eval.eval_stride
         self.trainer, self.weights = None, contextlib.ExitStack()
-        if cfg.ttt_enabled and cfg.ttt_epochs:
-            self.trainer = TestTimeTrainer(model, model, cfg, byte_table.to(self.device), ctx, cfg.ttt_seq_len or self.window)
+        if cfg.eval.ttt_enabled and cfg.eval.ttt_epochs:
+            seq_len = cfg.eval.ttt_seq_len or self.window
+            self.trainer = TestTimeTrainer(model, model, cfg.eval, cfg.run.seed, byte_table.to(self.device), ctx, seq_len)
             self.weights.enter_context(self.trainer.scoring_weights())
-        self.chunk_steps = max(1, round(cfg.ttt_chunk_tokens / rows))
-        config = expert_config(cfg)
-        self.mixture = ExpertMixture(dataclasses.replace(config, report=False), cfg.vocab_size, self.device) if config.names else None
-        self.block_steps = max(1, round(cfg.expert_block_tokens / rows))
+        self.chunk_steps = max(1, round(cfg.eval.ttt_chunk_tokens / rows))
+        experts = dataclasses.replace(cfg.eval, expert_report=False)
+        self.mixture = ExpertMixture(experts, cfg.model.vocab_size, self.device) if experts.expert_names else None
+        self.block_steps = max(1, round(cfg.eval.expert_block_tokens / rows))
         self.block: list[Tensor] = []  # logits [P, V] of the steps not counted yet
         self.state = DecodeState(rows, min(self.window, max(self.steps, 1)), device=self.device)
         self.start = -1  # of the window that the state holds
@@ -444,7 +442,7 @@ class Lockstep:
         if self.step is None and self.device.type == "cuda":  # record a step before anything is in the memory that its rehearsal writes to
             self.model(self.input, state=self.state)
             self.step = Replay(self._step, self.device)
-        rows = min(len(self.tokens), eval_batch_size(self.cfg, t + 1 - start, self.device))
+        rows = min(len(self.tokens), eval_batch_size(self.cfg.eval, t + 1 - start, self.device))
         self.state.begun = False
         parts = []
         for first in range(0, len(self.tokens), rows):
@@ -458,7 +456,7 @@ class Lockstep:
         """Context rows [P, K-1] of target t, as `context_rows` makes them for one stream."""
         length = self.mixture.context_length
         known = self.tokens[:, max(0, t + 1 - length) : t + 1].flip(1)
-        return torch.nn.functional.pad(known, (0, length - known.size(1)), value=self.cfg.vocab_size)
+        return torch.nn.functional.pad(known, (0, length - known.size(1)), value=self.cfg.model.vocab_size)
 
     # -- learning, from what has been coded --
 
@@ -485,7 +483,7 @@ class Lockstep:
         """Train on every stream's targets end - chunk_steps … end - 1."""
         self.weights.close()
         number, count = end // self.chunk_steps - 1, -(-self.steps // self.chunk_steps)
-        self.trainer.learn(self.tokens, Chunk(end - self.chunk_steps, end), chunk_lr(self.cfg, number, count), self.lengths)
+        self.trainer.learn(self.tokens, Chunk(end - self.chunk_steps, end), chunk_lr(self.cfg.eval, number, count), self.lengths)
         self.weights.enter_context(self.trainer.scoring_weights())
         self.start = -1  # the caches are of the old weights
 
@@ -579,14 +577,14 @@ class Session:
         artifact = load_artifact(path, self.ctx.device)
         base, cfg = Config.from_dict(artifact.meta["config"]).to_dict(), artifact.cfg
         if coded:
-            here = {name: getattr(cfg, name) for name in _ELSEWHERE}
+            here = {name: cfg[name] for name in _ELSEWHERE}
             cfg = Config.from_dict({**base, **here, **coded.header["settings"]})
         self.settings = {name: value for name, value in cfg.to_dict().items() if name not in _ELSEWHERE and base[name] != value}
         self.cfg, self.model = cfg, artifact.model
-        tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+        tokenizer = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
         self.spelling, self.byte_table = Spelling(tokenizer), ByteTable.from_tokenizer(tokenizer)
         self.artifact_hash = bytes.fromhex(sha256_file(path))
-        self.tokenizer_hash = bytes.fromhex(tokenizer_hash(cfg.tokenizer_path))
+        self.tokenizer_hash = bytes.fromhex(tokenizer_hash(cfg.run.tokenizer_path))
         self.machine = machine(self.ctx.device)
 
     def lockstep(self, streams: Streams) -> Lockstep:
@@ -611,13 +609,13 @@ def checksum(probs: Tensor) -> int:
 def compress(path: Path, source: Path, target: Path) -> dict:
     """Write the text in `source` to `target`; returns the figures that are reported."""
     data = source.read_bytes()
-    session = Session(path, resolve_config(os.environ).device)
+    session = Session(path, resolve_config(os.environ).run.device)
     documents, layout = split_documents(data, source.suffix == ".jsonl")
     pieces = [np.array([BOS_ID, *session.spelling.encode(document)]) for document in documents]
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
     if join_documents(split_tokens(tokens, session.spelling), layout) != data:
         raise UserError(f"{source}: its tokens do not give it back")
-    streams = Streams.cut(tokens, choose_streams(session.cfg, len(tokens), session.ctx.device))
+    streams = Streams.cut(tokens, choose_streams(session.cfg.eval, len(tokens), session.ctx.device))
     lockstep, channel, probes = session.lockstep(streams), Channel(), []
     streams.write(channel)
     began = time.perf_counter()
@@ -701,7 +699,7 @@ def split_tokens(tokens: np.ndarray, spelling: Spelling) -> list[bytes]:
 
 def find_artifact(sha256: bytes, source: Path) -> Path:
     """The artifact of that hash, near the file or in RUNS_DIR."""
-    runs = Path(resolve_config(os.environ).runs_dir)
+    runs = Path(resolve_config(os.environ).run.runs_dir)
     for path in [*source.resolve().parent.glob("*.bin"), *runs.glob("*/artifact.bin")]:
         if path.is_file() and bytes.fromhex(sha256_file(path)) == sha256:
             return path
@@ -721,10 +719,10 @@ def prove(path: Path) -> dict:
     """
     header, _ = packing.read_header(path.read_bytes(), str(path))
     cfg = resolve_config(os.environ, base=header["config"])
-    tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens).numpy()
+    tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens).numpy()
     if tokens[0] != BOS_ID:
         tokens = np.concatenate(([BOS_ID], tokens))
-    documents = split_tokens(tokens, Spelling(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)))
+    documents = split_tokens(tokens, Spelling(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)))
     with tempfile.TemporaryDirectory(prefix="proof_") as folder:
         text, cell = Path(folder) / "text" / "validation.jsonl", Path(folder) / "cell"
         text.parent.mkdir()
@@ -735,11 +733,11 @@ def prove(path: Path) -> dict:
         if torch.cuda.is_available():  # the other process needs the memory
             gc.collect()
             torch.cuda.empty_cache()
-        for source, name in ((path, "artifact.bin"), (cfg.tokenizer_path, "tokenizer.model")):
+        for source, name in ((path, "artifact.bin"), (cfg.run.tokenizer_path, "tokenizer.model")):
             shutil.copyfile(source, cell / name)
         began = time.perf_counter()
         command = ["code/codec.py", "decompress", "coded", "restored", "--artifact", "artifact.bin"]
-        status = run_apart(command, cell, secret=[text, *list_shards(cfg.data_path, "val")], TOKENIZER_PATH="tokenizer.model")
+        status = run_apart(command, cell, secret=[text, *list_shards(cfg.run.data_path, "val")], TOKENIZER_PATH="tokenizer.model")
         seconds = time.perf_counter() - began
         same = sha256_file(cell / "restored") == sha256_file(text)
         if same:

@@ -43,7 +43,7 @@ def main() -> int:
     folder = ROOT / "runs" / "demo"
     artifact = folder / "artifact.bin"
     steps = {
-        "data": (ROOT / cfg.data_path / "manifest.json", "data/prepare.py", "--vocab-size", str(cfg.vocab_size)),
+        "data": (ROOT / cfg.run.data_path / "manifest.json", "data/prepare.py", "--vocab-size", str(cfg.model.vocab_size)),
         "train": (folder / "model.safetensors", "train_gpt.py"),
         "quantize": (artifact, "quantize.py", str(folder.relative_to(ROOT))),
         "evaluate": (folder / "eval.json", "eval_ttt.py", str(artifact.relative_to(ROOT))),
@@ -68,8 +68,8 @@ def report(folder: Path, cfg: Config) -> list[tuple[str, str, str]]:
     result = read_json(folder / "eval.json") or {}
     trained = [event for event in read_metrics(folder) if event["event"] == "done"] or [{}]
     rows = [
-        ("val_bpb, float model", trained[-1].get("val_bpb"), f"non-overlapping windows of {cfg.train_seq_len}"),
-        ("val_bpb, artifact, sliding", result.get("sliding_bpb"), f"int{cfg.matrix_bits}, stride {cfg.eval_stride}"),
+        ("val_bpb, float model", trained[-1].get("val_bpb"), f"non-overlapping windows of {cfg.train.train_seq_len}"),
+        ("val_bpb, artifact, sliding", result.get("sliding_bpb"), f"int{cfg.quant.matrix_bits}, stride {cfg.eval.eval_stride}"),
         ("val_bpb, artifact, after TTT", result.get("ttt_bpb"), "score-first: each token is scored before it is trained on"),
         ("bytes, model", result.get("bytes_model"), ""),
         ("bytes, code", result.get("bytes_code"), ""),

@@ -44,16 +44,17 @@ from torch import Tensor, nn
 from data.shards import BOS_ID, ByteTable, list_shards, load_manifest, load_shard, load_tokenizer, split_digest, tokenizer_hash
 from parts import audit as auditing
 from parts import packing
-from parts.artifact import Artifact, load_artifact
+from parts.artifact import Artifact, artifact_settings, load_artifact
 from parts.audit import Ledger, Trace
 from parts.code import code_bytes, code_script
-from parts.experts import ExpertConfig, ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
+from parts.experts import ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
 from parts.files import UserError, atomic_write, cli
 from parts.replica import Replica, Sandbox, serve
 from train_gpt import (
     GPT,
     SIZE_LIMIT_BYTES,
     Config,
+    EvalConfig,
     HashEmbedding,
     Linear,
     RunContext,
@@ -86,7 +87,7 @@ class Chunk:
     fresh: bool = False  # forget everything learned before scoring it (TTT_RESET_PER_DOC)
 
 
-def plan_chunks(tokens: Tensor, cfg: Config) -> list[Chunk]:
+def plan_chunks(tokens: Tensor, cfg: EvalConfig) -> list[Chunk]:
     """Cut the targets into chunks of TTT_CHUNK_TOKENS; with TTT_RESET_PER_DOC also at every document start.
 
     The target that *is* a BOS belongs to the document it ends, and a cut at token j is decided by token j, which lies before every
@@ -104,7 +105,7 @@ def plan_chunks(tokens: Tensor, cfg: Config) -> list[Chunk]:
     return chunks
 
 
-def chunk_lr(cfg: Config, index: int, count: int) -> float:
+def chunk_lr(cfg: EvalConfig, index: int, count: int) -> float:
     """Learning rate after chunk `index` of `count`.
 
     cosine: from TTT_LR to 0. adaptive: the cosine times a factor that rises from 1 to TTT_MAX_LR_MULT over the first 30 % (card E: 3).
@@ -137,7 +138,7 @@ class LoRA(nn.Module):
         return (x @ self.down.to(x.dtype).T) @ self.up.to(x.dtype).T
 
 
-def choose_trainable(model: GPT, cfg: Config) -> dict[str, tuple[nn.Parameter, float]]:
+def choose_trainable(model: GPT, cfg: EvalConfig, seed: int) -> dict[str, tuple[nn.Parameter, float]]:
     """Attach what TTT adds to the model and return what it trains: name -> (parameter, multiple of TTT_LR). All else is frozen.
 
     TTT_PARAMS: all; mlp (the MLP matrices); matrices (every matrix of the blocks and projections, no embedding, no scalar); lora
@@ -146,11 +147,11 @@ def choose_trainable(model: GPT, cfg: Config) -> dict[str, tuple[nn.Parameter, f
     """
     roles = {"all": None, "mlp": {"mlp"}, "matrices": {"mlp", "attn", "gdn", "shift", "proj"}, "lora": set()}[cfg.ttt_params]
     frozen = tuple(f"blocks.{i}." for i in range(min(cfg.ttt_freeze_blocks, len(model.blocks))))
-    table = [spec for spec in parameter_table(model, cfg) if not spec.name.startswith(frozen)]
+    table = [spec for spec in parameter_table(model) if not spec.name.startswith(frozen)]
     chosen = {spec.name: (spec.param, 1.0) for spec in table if roles is None or spec.role in roles}
     model.requires_grad_(False)
     if cfg.ttt_params == "lora":
-        generator = torch.Generator().manual_seed(cfg.seed)
+        generator = torch.Generator().manual_seed(seed)
         for name, module in model.named_modules():
             if isinstance(module, Linear) and not f"{name}.".startswith(frozen):
                 module.adapter = LoRA(module, cfg.ttt_lora_rank, generator)
@@ -158,7 +159,7 @@ def choose_trainable(model: GPT, cfg: Config) -> dict[str, tuple[nn.Parameter, f
     if cfg.ttt_hash_buckets:
         if cfg.ttt_hash_buckets < 2:
             raise UserError("TTT_HASH_BUCKETS=1 leaves no bucket for n-grams: the last one means 'no predecessor'")
-        model.eval_hash = HashEmbedding(cfg.ttt_hash_buckets, None, cfg.model_dim, trigram=True).to(model.tok_emb.weight.device)
+        model.eval_hash = HashEmbedding(cfg.ttt_hash_buckets, None, model.cfg.model_dim, trigram=True).to(model.tok_emb.weight.device)
         model.eval_hash.requires_grad_(False)
         chosen["eval_hash.table.weight"] = (model.eval_hash.table.weight, cfg.ttt_hash_lr_mult)
     if not chosen:
@@ -193,9 +194,11 @@ class TestTimeTrainer:
 
     __test__ = False  # not a test class, whatever its name suggests to pytest
 
-    def __init__(self, model: GPT, forward: Callable[..., Tensor], cfg: Config, byte_table: ByteTable, ctx: RunContext, seq_len: int):
+    def __init__(
+        self, model: GPT, forward: Callable[..., Tensor], cfg: EvalConfig, seed: int, byte_table: ByteTable, ctx: RunContext, seq_len: int
+    ):
         self.forward, self.cfg, self.byte_table, self.ctx, self.seq_len = forward, cfg, byte_table, ctx, seq_len
-        chosen = choose_trainable(model, cfg)
+        chosen = choose_trainable(model, cfg, seed)
         self.params = [param for param, _ in chosen.values()]
         self.multiples = [multiple for _, multiple in chosen.values()]
         self.initial = [param.detach().clone() for param in self.params]
@@ -216,7 +219,7 @@ class TestTimeTrainer:
             for multiple in sorted(set(self.multiples))
         ]
         if cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(groups, lr=cfg.ttt_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.ttt_adam_wd)
+            self.optimizer = torch.optim.AdamW(groups, lr=cfg.ttt_lr, betas=(0.9, 0.95), weight_decay=cfg.ttt_adam_wd)
         else:
             nesterov = cfg.ttt_nesterov and cfg.ttt_momentum > 0
             self.optimizer = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum, nesterov=nesterov)
@@ -363,23 +366,21 @@ class ScoreFirstEvaluator:
     """
 
     def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext):
-        self.cfg, self.ctx = cfg, ctx
+        self.cfg, self.vocab_size, self.ctx = cfg.eval, cfg.model.vocab_size, ctx
         self.byte_table = byte_table.to(ctx.device)
-        self.seq_len = cfg.eval_seq_len or cfg.train_seq_len
-        self.batch = eval_batch_size(cfg, self.seq_len, ctx.device)
-        self.expert_config = expert_config(cfg)
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.fake_quantize = None  # the artifact's weights are the quantized ones: QAT's imitation has nothing left to do
-        forward = maybe_compile(model)
+        self.seq_len = cfg.eval.eval_seq_len or cfg.train.train_seq_len
+        self.batch = eval_batch_size(cfg.eval, self.seq_len, ctx.device)
+        forward = maybe_compile(model, cfg.run)
         self.compiled = forward is not model
-        self.forward = FewShapes(forward, self.batch, cfg.eval_stride, self.seq_len)
+        self.forward = FewShapes(forward, self.batch, cfg.eval.eval_stride, self.seq_len)
         self.trainer = None
-        if cfg.ttt_enabled:
-            self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, cfg.ttt_seq_len or self.seq_len)
+        if cfg.eval.ttt_enabled:
+            seq_len = cfg.eval.ttt_seq_len or self.seq_len
+            self.trainer = TestTimeTrainer(model, forward, cfg.eval, cfg.run.seed, self.byte_table, ctx, seq_len)
         # With attention across documents, weights that learn on, or counts, a document's score rests on the documents before it.
-        forgets = not cfg.ttt_enabled or cfg.ttt_reset_per_doc
-        self.documents_independent = (cfg.document_mask or cfg.eval_by_document) and forgets and not self.expert_config.names
+        forgets = not cfg.eval.ttt_enabled or cfg.eval.ttt_reset_per_doc
+        separate = cfg.model.document_mask or cfg.eval.eval_by_document
+        self.documents_independent = separate and forgets and not cfg.eval.expert_names
 
     @torch.no_grad()
     def sliding(self, tokens: Tensor):
@@ -395,7 +396,7 @@ class ScoreFirstEvaluator:
             return 0.0
         began = time.perf_counter()
         size = min(targets, self.seq_len + (self.batch + 1) * self.cfg.eval_stride * self.ctx.world_size) + 1
-        made_up = torch.randint(2, self.cfg.vocab_size, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        made_up = torch.randint(2, self.vocab_size, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
         self.sliding(made_up)
         self.run(made_up, full)
         if self.trainer:
@@ -435,11 +436,11 @@ class Session:
         self.trace = EvaluationTrace(Ledger(targets), bytes_scored=0)
         # The mixture without experts is the model itself: that path also serves to show full distributions.
         self.mixture = self.invalid = None
-        if evaluator.expert_config.names or full or cfg.invalid_cache:
-            self.mixture = ExpertMixture(evaluator.expert_config, cfg.vocab_size, ctx.device)
+        if cfg.expert_names or full or cfg.invalid_cache:
+            self.mixture = ExpertMixture(cfg, evaluator.vocab_size, ctx.device)
             self.sums = torch.zeros(len(self.mixture.series), dtype=torch.float64, device=ctx.device)
         if cfg.invalid_cache:
-            self.invalid = InvalidClaims(cfg, ctx)
+            self.invalid = InvalidClaims(evaluator.vocab_size, ctx)
         self.stretch = evaluator.batch * cfg.eval_stride * ctx.world_size  # targets whose windows fill every rank's batch
         self.block = cfg.expert_block_tokens if self.mixture else self.stretch
         self.chunks = plan_chunks(self.tokens, cfg)
@@ -481,7 +482,7 @@ class Session:
                 prediction, mine = self._predict(begin, end)
             upto = min(end, last)
             here = ((mine >= first - begin) & (mine < upto - begin)).nonzero().squeeze(1)
-            shown = torch.zeros(upto - first, self.cfg.vocab_size, device=self.ctx.device)
+            shown = torch.zeros(upto - first, self.evaluator.vocab_size, device=self.ctx.device)
             shown[mine[here] + begin - first] = prediction.distribution(here)
             parts.append(self.ctx.all_reduce_sum(shown))
             if upto == end < self.known:
@@ -597,7 +598,7 @@ class Session:
             kept = next((part for part in self.ahead if part[0] == start), None)
             if kept is None or kept[1] < min(self.known, until):
                 with self.clock("model"):
-                    values = self._model(start, until, forward, (self.cfg.vocab_size,))
+                    values = self._model(start, until, forward, (self.evaluator.vocab_size,))
                 self.ahead = [part for part in self.ahead if part is not kept] + [(start, self.known, *values)]
         self.ahead.sort(key=lambda part: part[0])
         positions, logits = (torch.cat([part[i] for part in self.ahead]) for i in (2, 3))
@@ -629,7 +630,7 @@ class Session:
         positions, logits = self._logits(begin, end)
         with self.clock("experts"):
             at, mine = torch.arange(begin, end, device=self.ctx.device), positions - begin
-            contexts = context_rows(self.tokens, at, self.mixture.context_length, self.cfg.vocab_size)
+            contexts = context_rows(self.tokens, at, self.mixture.context_length, self.evaluator.vocab_size)
             return self.mixture.predict(logits, contexts, mine), mine
 
     def _record_mixed(self, begin: int, end: int, prediction: Prediction, mine: Tensor) -> None:
@@ -645,9 +646,9 @@ class Session:
         self._record(begin, end, -gathered[:, 0], gathered[:, -1])
         self.sums -= gathered[:, : len(mixture.series)].sum(0)
         if self.invalid:
-            contexts = context_rows(self.tokens, at, self._claims_context, cfg.vocab_size)
+            contexts = context_rows(self.tokens, at, self._claims_context, self.evaluator.vocab_size)
             self.invalid.observe(prediction, mine, contexts, targets)
-        if self.evaluator.expert_config.names:
+        if cfg.expert_names:
             self.trace.ledger.use(slice(begin, end), "counts and weights of the experts")
             mixture.update(prediction, targets, gathered[:, :-1], statistics)
 
@@ -656,35 +657,12 @@ class Session:
         return max(self.mixture.context_length, 8)
 
 
-def expert_config(cfg: Config) -> ExpertConfig:
-    """The experts' part of the settings, checked."""
-    try:
-        return ExpertConfig(
-            names=tuple(filter(None, cfg.experts.replace(" ", "").split(","))),
-            mixer=cfg.expert_mixer,
-            max_order=cfg.ngram_order,
-            max_contexts=cfg.ngram_max_contexts,
-            smoothing=cfg.ngram_smoothing,
-            hedge_eta=cfg.hedge_eta,
-            hedge_share=cfg.hedge_share,
-            temperature=cfg.temperature_strength,
-            calibration_clamp=cfg.calibration_clamp,
-            calibration_momentum=cfg.calibration_momentum,
-            tilt_beta=cfg.tilt_beta,
-            tilt_order=cfg.tilt_order,
-            min_count=cfg.cache_min_count,
-            report=cfg.expert_report,
-        )
-    except ValueError as error:
-        raise UserError(f"EXPERTS={cfg.experts}: {error}") from None
-
-
 class InvalidClaims:
     """What the target-keyed cache would have claimed on the same text, and what its "probabilities" sum to. Never part of a score."""
 
-    def __init__(self, cfg: Config, ctx: RunContext, sum_every: int = 8):
-        self.cfg, self.ctx, self.sum_every = cfg, ctx, sum_every
-        self.cache = InvalidTargetKeyedCache(cfg.vocab_size, device=ctx.device)
+    def __init__(self, vocab_size: int, ctx: RunContext, sum_every: int = 8):
+        self.ctx, self.sum_every = ctx, sum_every
+        self.cache = InvalidTargetKeyedCache(vocab_size, device=ctx.device)
         self.totals = torch.zeros(4, dtype=torch.float64, device=ctx.device)  # claimed nll, sums over V, how many, largest
         self.blocks = 0
 
@@ -724,13 +702,13 @@ def serve_artifact(path: Path, ctx: RunContext) -> None:
     def begin(start: dict) -> Session:
         artifact = load_artifact(path, ctx.device)
         cfg = artifact.cfg
-        if start["vocab_size"] != cfg.vocab_size:
-            raise UserError(f"the text's vocabulary is {start['vocab_size']}, the artifact's {cfg.vocab_size}")
+        if start["vocab_size"] != cfg.model.vocab_size:
+            raise UserError(f"the text's vocabulary is {start['vocab_size']}, the artifact's {cfg.model.vocab_size}")
         if start["block"]:  # as much as will be asked for at once is what a forward should score
-            cfg = dataclasses.replace(cfg, eval_batch_seqs=-(-start["block"] // cfg.eval_stride))
+            cfg = cfg.replace(eval_batch_seqs=-(-start["block"] // cfg.eval.eval_stride))
         else:
             cfg = audited(cfg, start["targets"], ctx)
-        table = ByteTable.from_tokenizer(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+        table = ByteTable.from_tokenizer(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size))
         evaluator = ScoreFirstEvaluator(artifact.model, cfg, table, ctx)
         evaluator.compile(start["targets"], full=True)
         return evaluator.session(start["targets"])
@@ -741,15 +719,16 @@ def serve_artifact(path: Path, ctx: RunContext) -> None:
 def audited(cfg: Config, targets: int, ctx: RunContext) -> Config:
     """Settings of an evaluation that will be audited. Each drawn target costs the replica a forward: with batches no larger than this all of them cost
     at most what scoring the text twice does, and the batch has to be the same on both sides."""
-    fitting = max(1, 2 * targets // (cfg.audit_samples * cfg.eval_stride * ctx.world_size))
-    return dataclasses.replace(cfg, eval_batch_seqs=min(fitting, eval_batch_size(cfg, cfg.eval_seq_len or cfg.train_seq_len, ctx.device)))
+    fitting = max(1, 2 * targets // (cfg.eval.audit_samples * cfg.eval.eval_stride * ctx.world_size))
+    seq_len = cfg.eval.eval_seq_len or cfg.train.train_seq_len
+    return cfg.replace(eval_batch_seqs=min(fitting, eval_batch_size(cfg.eval, seq_len, ctx.device)))
 
 
 def submission(path: Path, cfg: Config, folder: Path, *arguments: str) -> tuple[list[str], list[Path]]:
     """(command, files that it reads) of the evaluation code as it is submitted: the one script, the artifact and the tokenizer."""
     script = folder / "evaluate.py"
     script.write_bytes(code_script())
-    return [sys.executable, str(script), str(path), *arguments], [script, path, Path(cfg.tokenizer_path)]
+    return [sys.executable, str(script), str(path), *arguments], [script, path, Path(cfg.run.tokenizer_path)]
 
 
 @contextlib.contextmanager
@@ -766,8 +745,8 @@ def blind_replica(path: Path, cfg: Config, targets: int, ctx: RunContext) -> Ite
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     with tempfile.TemporaryDirectory() as folder:
         command, files = submission(path, cfg, Path(folder), "--serve")
-        sandbox = Sandbox(files, secret=list_shards(cfg.data_path, "val")) if ctx.world_size == 1 else None
-        with Replica(command, targets, cfg.vocab_size, sandbox=sandbox, environment=environment) as replica:
+        sandbox = Sandbox(files, secret=list_shards(cfg.run.data_path, "val")) if ctx.world_size == 1 else None
+        with Replica(command, targets, cfg.model.vocab_size, sandbox=sandbox, environment=environment) as replica:
             yield replica
 
 
@@ -779,7 +758,7 @@ def referee_artifact(path: Path, cfg: Config, text: Path, options: list[str]) ->
     run = f"import sys; sys.path.insert(0, {str(root)!r}); from parts.files import cli; from parts.referee import main; cli(main)"
     with tempfile.TemporaryDirectory() as folder:
         command, files = submission(path, cfg, Path(folder), "--serve")
-        judge = [sys.executable, "-c", run, str(text), "--tokenizer", cfg.tokenizer_path, "--out", str(path.with_name("referee.json"))]
+        judge = [sys.executable, "-c", run, str(text), "--tokenizer", cfg.run.tokenizer_path, "--out", str(path.with_name("referee.json"))]
         for file in files:
             judge += ["--read", str(file)]
         return subprocess.run([*judge, *options, "--", *command]).returncode
@@ -805,14 +784,14 @@ def audit_run(
     if ctx.device.type == "cuda":
         torch.cuda.empty_cache()  # the replica uses the same GPU
     with blind_replica(path, cfg, targets, ctx) as replica:
-        blind = auditing.check_blind(replica, tokens, trace, auditing.draw_targets(trace.ledger, cfg.audit_samples))
+        blind = auditing.check_blind(replica, tokens, trace, auditing.draw_targets(trace.ledger, cfg.eval.audit_samples))
     with blind_replica(path, cfg, targets, ctx) if evaluator.documents_independent else contextlib.nullcontext() as replica:
         independence = auditing.check_documents(replica, tokens, trace, BOS_ID)
-    tokenizer, manifest = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), load_manifest(cfg.data_path)
-    there = sum(len(load_shard(shard)) for shard in list_shards(cfg.data_path, "val"))
+    tokenizer, manifest = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), load_manifest(cfg.run.data_path)
+    there = sum(len(load_shard(shard)) for shard in list_shards(cfg.run.data_path, "val"))
     whole, trained_on, here = len(tokens) == there, artifact.meta.get("train_data_sha256"), None
     with contextlib.suppress(UserError):  # a folder of validation shards alone
-        here = split_digest(cfg.data_path, "train")
+        here = split_digest(cfg.run.data_path, "train")
     # EVAL_TOKENS may cut a character spelled in bytes: the piece of it that is there is counted, not decoded.
     cut = 0
     while not whole and cut < targets and tokenizer.is_byte(int(tokens[-1 - cut])):
@@ -830,7 +809,7 @@ def audit_run(
         auditing.check_single_pass(trace),
         auditing.check_whole_text(len(tokens), there, manifest),
         auditing.check_bytes(trace, raw, of_raw_text),
-        auditing.check_disjoint(cfg.data_path, manifest, documents if whole else None, trained_on is not None and trained_on == here),
+        auditing.check_disjoint(cfg.run.data_path, manifest, documents if whole else None, trained_on is not None and trained_on == here),
         auditing.check_training_text(trained_on, here),
         auditing.check_tokenizer(tokenizer, manifest),
         auditing.check_size(*sizes(artifact, tokenizer), SIZE_LIMIT_BYTES),
@@ -839,7 +818,7 @@ def audit_run(
 
 def sizes(artifact: Artifact, tokenizer) -> tuple[int, int, int, bool]:
     """Bytes of model, code and tokenizer, and whether the last counts."""
-    return artifact.bytes_model, code_bytes(), Path(artifact.cfg.tokenizer_path).stat().st_size, auditing.tokenizer_counts(tokenizer)
+    return artifact.bytes_model, code_bytes(), Path(artifact.cfg.run.tokenizer_path).stat().st_size, auditing.tokenizer_counts(tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -904,18 +883,17 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
     """Everything that eval.json holds."""
     artifact = load_artifact(path, ctx.device)
     cfg, began = artifact.cfg, time.perf_counter()
-    expert_config(cfg)  # refuse a misspelt expert before anything is computed
-    tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
+    tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens)
     validated = artifact.meta.get("val_data_sha256")
-    if validated and (here := split_digest(cfg.data_path, "val")) != validated:
+    if validated and (here := split_digest(cfg.run.data_path, "val")) != validated:
         ctx.log(f"warning: the validation shards (SHA-256 {here[:12]}…) are not those the run was validated on ({validated[:12]}…)")
-    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    tokenizer = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
     if audit:
         cfg = audited(cfg, len(tokens) - 1, ctx)
-    evaluator = ScoreFirstEvaluator(artifact.model, cfg, ByteTable.for_validation(tokenizer, cfg.data_path), ctx)
-    mode = compile_mode(cfg, ctx.device)
+    evaluator = ScoreFirstEvaluator(artifact.model, cfg, ByteTable.for_validation(tokenizer, cfg.run.data_path), ctx)
+    mode = compile_mode(cfg.run, ctx.device)
     ctx.log(
-        f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval_stride}, {ctx.world_size} rank(s) on "
+        f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval.eval_stride}, {ctx.world_size} rank(s) on "
         f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}"
     )
 
@@ -923,12 +901,12 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
     if seconds["compile"]:
         ctx.log(f"compiled in {seconds['compile']:.1f}s")
     trace = None
-    if cfg.ttt_enabled or evaluator.expert_config.names or cfg.invalid_cache or audit:
-        if cfg.ttt_enabled:
+    if cfg.eval.ttt_enabled or cfg.eval.expert_names or cfg.eval.invalid_cache or audit:
+        if cfg.eval.ttt_enabled:
             trainable = sum(param.numel() for param in evaluator.trainer.params)
             ctx.log(
-                f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
-                f"{cfg.ttt_epochs} epochs, chunks of {cfg.ttt_chunk_tokens:,}, schedule {cfg.ttt_lr_schedule}"
+                f"score-first TTT: {cfg.eval.ttt_optimizer} lr {cfg.eval.ttt_lr:g} on {cfg.eval.ttt_params} ({trainable:,} parameters), "
+                f"{cfg.eval.ttt_epochs} epochs, chunks of {cfg.eval.ttt_chunk_tokens:,}, schedule {cfg.eval.ttt_lr_schedule}"
             )
         started = time.perf_counter()
 
@@ -948,14 +926,14 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
         final = (trace.val_loss, trace.val_bpb, int(trace.scored.sum()), trace.bytes_scored)
         assert trace.bytes_scored == plain.bytes_scored and final[2] == plain.tokens_scored
 
-    names = evaluator.expert_config.names
+    names = cfg.eval.expert_names
     bytes_model, bytes_code, bytes_tokenizer, tokenizer_counted = sizes(artifact, tokenizer)
     result = {
         "val_loss": final[0],
         "val_bpb": final[1],
         "sliding_bpb": plain.val_bpb,
         "sliding_loss": plain.val_loss,
-        "ttt_bpb": (trace.bpb("neural_raw") if trace.series else trace.val_bpb) if cfg.ttt_enabled else None,
+        "ttt_bpb": (trace.bpb("neural_raw") if trace.series else trace.val_bpb) if cfg.eval.ttt_enabled else None,
         "experts_bpb": trace.val_bpb if names else None,
         "experts": expert_gains(trace, names) if names else None,
         "expert_tables": {"contexts": trace.contexts_known, "refused": trace.contexts_refused, "bytes": trace.expert_bytes}
@@ -972,7 +950,7 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
         "sha256": {
             "artifact": hashlib.sha256(path.read_bytes()).hexdigest(),
             "code": hashlib.sha256(code_script()).hexdigest(),
-            "tokenizer": tokenizer_hash(cfg.tokenizer_path),
+            "tokenizer": tokenizer_hash(cfg.run.tokenizer_path),
             "tokens": hashlib.sha256(tokens.numpy().astype("<u2").tobytes()).hexdigest(),  # as in the shards, without their headers
         },
         "world_size": ctx.world_size,
@@ -996,7 +974,7 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
     result["tokens_per_second"] = {
         phase: final[2] / took for phase, took in seconds.items() if took and phase not in ("compile", "audit", "total")
     }
-    result["config"] = artifact.cfg.to_dict()
+    result["config"] = {**artifact_settings(artifact.cfg), **artifact.cfg.to_dict("run")}
     result["run"] = {key: artifact.meta.get(key) for key in ("steps", "train_seconds", "looping", "tokenizer_sha256")}
     return result
 
@@ -1040,7 +1018,7 @@ def main() -> int:
     cfg = resolve_config(os.environ, base=header.get("config"))
     if text is not None:
         return referee_artifact(path, cfg, Path(text), [part for option in values.items() for part in option])
-    ctx = setup_distributed(cfg.device)
+    ctx = setup_distributed(cfg.run.device)
     try:
         if "--serve" in flags:  # nothing may be printed: stdout is the protocol's
             serve_artifact(path, ctx)

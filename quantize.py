@@ -38,16 +38,18 @@ from torch import Tensor
 
 from data.shards import ByteTable, check_tokenizer, list_shards, load_shard, load_tokenizer
 from parts import packing
-from parts.artifact import restore_weights
+from parts.artifact import artifact_settings, restore_weights
 from parts.code import SCRIPT_NAME, code_bytes, code_script
 from parts.files import UserError, atomic_write, cli
 from parts.packing import Record
 from train_gpt import (
     GPT,
+    LAYER_KINDS,
     SIZE_LIMIT_BYTES,
     CausalAttention,
     Config,
     Linear,
+    QuantConfig,
     RunContext,
     TokenStream,
     build_model,
@@ -294,12 +296,10 @@ def rotate_values(model: GPT) -> list[str]:
     is added to v, so that its projection turns along, once for all layers that share it.
     """
     skipped, ve_turned = [], False
-    for name, module in model.named_modules():
-        if not hasattr(module, "mixer"):
-            continue
-        mixer = module.mixer
+    for layer, block in enumerate(model.blocks):
+        name, mixer = f"blocks.{layer}", block.mixer
         if not isinstance(mixer, CausalAttention):
-            skipped.append(f"{name} is {mixer.title}")
+            skipped.append(f"{name} is {LAYER_KINDS[model.cfg.pattern[layer]]}")
         elif mixer.head_dim & (mixer.head_dim - 1):
             skipped.append(f"{name}: head dim {mixer.head_dim} is no power of two")
     turned = set()
@@ -391,11 +391,11 @@ class HessianObserver:
 
 def calibration_batches(cfg: Config, ctx: RunContext, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of `count` batches, spread evenly over the training shards. Never validation data."""
-    stream = TokenStream(cfg.data_path, cfg.vocab_size, split="train")
+    stream = TokenStream(cfg.run.data_path, cfg.model.vocab_size, split="train")
     assert all(path.name.startswith("fineweb_train_") for path in stream.paths), "calibration reads training shards only"
     for batch in range(ctx.rank, count, ctx.world_size):
         stream.position = batch * (stream.total_tokens // count)
-        yield stream.sequences(0, CALIBRATION_SEQUENCES, cfg.train_seq_len, ctx.device)
+        yield stream.sequences(0, CALIBRATION_SEQUENCES, cfg.train.train_seq_len, ctx.device)
 
 
 @torch.no_grad()
@@ -404,7 +404,7 @@ def collect_hessians(model: GPT, cfg: Config, ctx: RunContext) -> tuple[dict[str
     observer = HessianObserver(model)
     losses = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     try:
-        for inputs, targets in calibration_batches(cfg, ctx, cfg.gptq_calibration_batches):
+        for inputs, targets in calibration_batches(cfg, ctx, cfg.quant.gptq_calibration_batches):
             losses += torch.stack((model(inputs, targets).double(), losses.new_ones(())))
     finally:
         observer.close()
@@ -428,10 +428,10 @@ def calibration_loss(model: GPT, cfg: Config, ctx: RunContext, batches: int) -> 
 
 def token_counts(cfg: Config, limit: int = 200_000_000) -> np.ndarray:
     """How often each id occurs in (the first `limit` tokens of) the training shards. int64 [V]."""
-    counts, seen = np.zeros(cfg.vocab_size, dtype=np.int64), 0
-    for path in list_shards(cfg.data_path, "train"):
-        shard = load_shard(path, cfg.vocab_size)
-        counts += np.bincount(shard, minlength=cfg.vocab_size)
+    counts, seen = np.zeros(cfg.model.vocab_size, dtype=np.int64), 0
+    for path in list_shards(cfg.run.data_path, "train"):
+        shard = load_shard(path, cfg.model.vocab_size)
+        counts += np.bincount(shard, minlength=cfg.model.vocab_size)
         seen += len(shard)
         if seen >= limit:
             break
@@ -459,7 +459,7 @@ class Unit:
         return self.clip_sigmas / largest_code(self.bits)
 
 
-def role_settings(role: str, cfg: Config) -> tuple[int, float]:
+def role_settings(role: str, cfg: QuantConfig) -> tuple[int, float]:
     """(bits, clip in sigmas) of a role."""
     if role == "control":
         return 0, 0.0
@@ -485,11 +485,11 @@ def _matches(what: str, name: str, role: str) -> bool:
     return what in (role, f"{role}.{stem.rpartition('.')[2]}") or any(fnmatch.fnmatchcase(candidate, what) for candidate in (name, stem))
 
 
-def make_units(model: GPT, cfg: Config, counts: np.ndarray | None = None) -> tuple[list[Unit], dict[str, np.ndarray]]:
+def make_units(model: GPT, cfg: QuantConfig, counts: np.ndarray | None = None) -> tuple[list[Unit], dict[str, np.ndarray]]:
     """-> (units in packing order, parameter name -> bool [out]: rows in its "@top" unit). `counts`: occurrences of each id."""
     overrides, used = parse_override(cfg.bits_override), set()
     units, tops = [], {}
-    for spec in parameter_table(model, cfg):
+    for spec in parameter_table(model):
         weight = spec.param.detach().float()
         bits, clip = role_settings(spec.role, cfg)
         if spec.param.dim() != 2:
@@ -542,7 +542,7 @@ MAX_BATCH_ELEMENTS = 1 << 26  # weights a GPTQ batch: bounds its working memory 
 class Solver:
     """Quantizes units. `prepared` keeps what depends on the Hessians alone: a search pays for it once."""
 
-    def __init__(self, hessians: dict[str, Tensor], cfg: Config, prepared: dict[str, Prepared]):
+    def __init__(self, hessians: dict[str, Tensor], cfg: QuantConfig, prepared: dict[str, Prepared]):
         self.cfg, self.prepared = cfg, prepared
         self.hessians = hessians if cfg.quant_method == "gptq" else {}
         self.reference = hessians  # RTN's errors are weighed by the same Hessians
@@ -605,7 +605,7 @@ def error_directions(error: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor,
     return basis, float(((rows @ hessian) * rows).sum()) / max(total, 1e-30)
 
 
-def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: dict[str, Tensor], cfg: Config) -> list[Record]:
+def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: dict[str, Tensor], cfg: QuantConfig) -> list[Record]:
     """Rank-r correction of the error E = W − Q where it is closest to low rank (LQER, Zhang et al. 2024, arXiv:2402.02446).
 
     LQER weighs E by each input's root mean square; here the full Hessian does. The `lqer_top` units are those from which a rank-r
@@ -637,7 +637,7 @@ def make_records(
     solutions: dict[str, Solution],
     tops: Mapping[str, np.ndarray],
     hessians: dict[str, Tensor],
-    cfg: Config,
+    cfg: QuantConfig,
 ) -> list[Record]:
     """Everything the artifact stores, in packing order."""
     records = []
@@ -711,15 +711,15 @@ class Quantizer:
         for name, weight in weights.items():
             if not torch.isfinite(weight).all():
                 raise UserError(f"{name} is not finite: the run diverged, there is nothing to quantize")
-        load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-        if check_tokenizer(cfg.data_path, cfg.tokenizer_path) != meta["tokenizer_sha256"]:
-            raise UserError(f"{run_dir} was trained with another tokenizer than TOKENIZER_PATH={cfg.tokenizer_path}")
+        load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
+        if check_tokenizer(cfg.run.data_path, cfg.run.tokenizer_path) != meta["tokenizer_sha256"]:
+            raise UserError(f"{run_dir} was trained with another tokenizer than TOKENIZER_PATH={cfg.run.tokenizer_path}")
         self.model = build_model(cfg, ctx.device)
         load_weights(self.model, weights)
         self.model.looping = bool(meta["looping"])
         self.model.eval()
         self.seconds = {"calibration": 0.0, "solving": 0.0, "packing": 0.0}
-        self.skipped_rotations: list[str] = rotate_values(self.model) if cfg.hadamard_vo else []
+        self.skipped_rotations: list[str] = rotate_values(self.model) if cfg.quant.hadamard_vo else []
         self._counts: np.ndarray | None = None
         self.prepared: dict[float, dict[str, Prepared]] = {}  # by damping: solving again under other grids is then cheap
 
@@ -739,16 +739,16 @@ class Quantizer:
     def units(self, cfg: Config | None = None) -> tuple[list[Unit], dict[str, np.ndarray]]:
         """`make_units` of the model; `cfg` may differ from the quantizer's in quantization settings."""
         cfg = cfg or self.cfg
-        if cfg.embed_split_top and self._counts is None:
+        if cfg.quant.embed_split_top and self._counts is None:
             self._counts = token_counts(cfg)
-        return make_units(self.model, cfg, self._counts)
+        return make_units(self.model, cfg.quant, self._counts)
 
     def header(self, cfg: Config) -> dict:
         calibration = round(self.seconds["calibration"], 3)
         kept = ("looping", "steps", "tokens", "world_size", "device", "torch", "tokenizer_sha256", "train_data_sha256", "val_data_sha256")
         header = {key: self.meta[key] for key in kept if key in self.meta}
         header.update(
-            config=cfg.to_dict(), calibration_seconds=calibration, train_seconds=round(self.meta["train_seconds"] + calibration, 3)
+            config=artifact_settings(cfg), calibration_seconds=calibration, train_seconds=round(self.meta["train_seconds"] + calibration, 3)
         )
         return header
 
@@ -756,10 +756,10 @@ class Quantizer:
         """Solve and pack. `cfg` may differ from the quantizer's in quantization settings."""
         cfg = cfg or self.cfg
         with self.clock("solving"):
-            solutions = Solver(self.hessians, cfg, self.prepared.setdefault(cfg.gptq_damp, {})).solve(units)
-            records = make_records(units, solutions, tops, self.hessians, cfg)
+            solutions = Solver(self.hessians, cfg.quant, self.prepared.setdefault(cfg.quant.gptq_damp, {})).solve(units)
+            records = make_records(units, solutions, tops, self.hessians, cfg.quant)
         with self.clock("packing"):
-            data = packing.pack_artifact(self.header(cfg), records, cfg.compressor)
+            data = packing.pack_artifact(self.header(cfg), records, cfg.quant.compressor)
         return Packed(units, solutions, records, data)
 
     @contextlib.contextmanager
@@ -836,7 +836,7 @@ def search_target(quantizer: Quantizer, target: int, seconds: float, log) -> tup
     base, tops = quantizer.units()
     coded = [unit for unit in base if unit.bits]
     first = quantizer.pack(base, tops)
-    rises = quantizer.sensitivities(first, min(SEARCH_SENSITIVITY_BATCHES, quantizer.cfg.gptq_calibration_batches))
+    rises = quantizer.sensitivities(first, min(SEARCH_SENSITIVITY_BATCHES, quantizer.cfg.quant.gptq_calibration_batches))
     sizes = {role: sum(unit.weight.numel() for unit in coded if unit.role == role) for role in rises}
     ratios = balance_roles(rises, sizes)
     log("search: training loss rises by role " + " ".join(f"{role} {rise:+.5f}" for role, rise in rises.items()))
@@ -982,12 +982,12 @@ def open_run(run_dir: Path) -> Config:
 def quantize_command(run_dir: Path, search_seconds: float) -> None:
     """`python quantize.py runs/<RUN_ID>`: artifact.bin, evaluate.py and quantize.json in the run's folder."""
     cfg = open_run(run_dir)
-    ctx = setup_distributed(cfg.device)
+    ctx = setup_distributed(cfg.run.device)
     try:
         for warning in near_misses(os.environ):
             ctx.log(f"warning: {warning}")
-        if (cfg.late_qat_threshold or cfg.qat_last_frac) and cfg.qat_bits != cfg.matrix_bits:
-            ctx.log(f"warning: the run was trained for {cfg.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.matrix_bits}")
+        if (cfg.train.late_qat_threshold or cfg.train.qat_last_frac) and cfg.train.qat_bits != cfg.quant.matrix_bits:
+            ctx.log(f"warning: the run was trained for {cfg.train.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.quant.matrix_bits}")
         quantizer = Quantizer(run_dir, cfg, ctx)
         for reason in quantizer.skipped_rotations:
             ctx.log(f"hadamard: skipped, {reason}")
@@ -1002,13 +1002,13 @@ def quantize_command(run_dir: Path, search_seconds: float) -> None:
 def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) -> dict:
     """Pack (searching, if TARGET_BYTES says so), write, report. -> what quantize.json holds."""
     cfg, ctx = quantizer.cfg, quantizer.ctx
-    positions = cfg.gptq_calibration_batches * CALIBRATION_SEQUENCES * cfg.train_seq_len
+    positions = cfg.quant.gptq_calibration_batches * CALIBRATION_SEQUENCES * cfg.train.train_seq_len
     ctx.log(f"calibration: {positions:,} training tokens, loss {quantizer.float_loss:.4f}, {quantizer.seconds['calibration']:.1f}s")
     search = None
-    if cfg.target_bytes:
-        packed, search = search_target(quantizer, cfg.target_bytes, search_seconds, ctx.log)
+    if cfg.quant.target_bytes:
+        packed, search = search_target(quantizer, cfg.quant.target_bytes, search_seconds, ctx.log)
         # The search read training data too: the header's seconds grew while it ran.
-        packed.data = packing.pack_artifact(quantizer.header(cfg), packed.records, cfg.compressor)
+        packed.data = packing.pack_artifact(quantizer.header(cfg), packed.records, cfg.quant.compressor)
     else:
         packed = quantizer.pack(*quantizer.units())
     with atomic_write(run_dir / SCRIPT_NAME) as temporary:
@@ -1027,8 +1027,8 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) 
         "bytes_code_training": code_bytes("train_gpt"),
         "bytes_total": total,
         "bytes_limit": SIZE_LIMIT_BYTES,
-        "method": cfg.quant_method,
-        "compressor": cfg.compressor,
+        "method": cfg.quant.quant_method,
+        "compressor": cfg.quant.compressor,
         "calibration_loss": quantizer.float_loss,
         "calibration_tokens": positions,
         "train_seconds": quantizer.meta["train_seconds"],
@@ -1048,8 +1048,8 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) 
             ctx.log(line)
     seconds = quantizer.seconds
     ctx.log(f"seconds: calibration {seconds['calibration']:.1f}, solving {seconds['solving']:.1f}, packing {seconds['packing']:.1f}")
-    budget = f" of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}" if cfg.max_wallclock_seconds else ""
-    late = " - OVER BUDGET" if 0 < cfg.max_wallclock_seconds < header["train_seconds"] else ""
+    budget = f" of MAX_WALLCLOCK_SECONDS={cfg.train.max_wallclock_seconds:g}" if cfg.train.max_wallclock_seconds else ""
+    late = " - OVER BUDGET" if 0 < cfg.train.max_wallclock_seconds < header["train_seconds"] else ""
     ctx.log(
         f"training {quantizer.meta['train_seconds']:.1f}s + calibration {seconds['calibration']:.1f}s = "
         f"{header['train_seconds']:.1f}s{budget}{late}"
@@ -1109,7 +1109,9 @@ def fit_bytes(quantizer: Quantizer, cfg: Config, target: int, balanced: bool) ->
     coded = [unit for unit in units if unit.bits]
     ratios = {unit.role: 1.0 for unit in coded}
     if balanced:
-        rises = quantizer.sensitivities(quantizer.pack(units, tops, cfg), min(SEARCH_SENSITIVITY_BATCHES, cfg.gptq_calibration_batches))
+        rises = quantizer.sensitivities(
+            quantizer.pack(units, tops, cfg), min(SEARCH_SENSITIVITY_BATCHES, cfg.quant.gptq_calibration_batches)
+        )
         ratios = balance_roles(rises, {role: sum(u.weight.numel() for u in coded if u.role == role) for role in rises})
     slope, level = sum(unit.weight.numel() for unit in coded) / 8, 0.0
     for _ in range(5):
@@ -1124,34 +1126,34 @@ def fit_bytes(quantizer: Quantizer, cfg: Config, target: int, balanced: bool) ->
 def table_command(run_dir: Path, names: list[str]) -> None:
     """`python quantize.py table`: bytes and val_bpb of the run under each variant -> quantization_table.json. One process."""
     cfg = open_run(run_dir)
-    ctx = setup_distributed(cfg.device)
+    ctx = setup_distributed(cfg.run.device)
     known = [variant.name for variant in VARIANTS]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"unknown variant {unknown[0]!r}; known: {', '.join(known)}")
     if ctx.world_size > 1:
         raise UserError("the table is made by one process: run it without torchrun")
-    tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
-    byte_table = ByteTable.for_validation(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), cfg.data_path)
+    tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, cfg.train.val_tokens)
+    byte_table = ByteTable.for_validation(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), cfg.run.data_path)
     quantizers: dict[bool, Quantizer] = {}
 
     def quantizer_of(variant_cfg: Config) -> Quantizer:
         """Rotation changes weights and Hessians: each kind is calibrated once."""
-        if variant_cfg.hadamard_vo not in quantizers:
-            made = Quantizer(run_dir, cfg.replace(hadamard_vo=variant_cfg.hadamard_vo), ctx)
+        if variant_cfg.quant.hadamard_vo not in quantizers:
+            made = Quantizer(run_dir, cfg.replace(hadamard_vo=variant_cfg.quant.hadamard_vo), ctx)
             made.calibrate()
-            quantizers[variant_cfg.hadamard_vo] = made
-        return quantizers[variant_cfg.hadamard_vo]
+            quantizers[variant_cfg.quant.hadamard_vo] = made
+        return quantizers[variant_cfg.quant.hadamard_vo]
 
     def bpb(quantizer: Quantizer, weights: Mapping[str, Tensor]) -> float:
         with quantizer.weights_replaced(weights):
-            return evaluate(quantizer.model, tokens, byte_table, cfg, ctx, cfg.train_seq_len, cfg.train_seq_len).val_bpb
+            return evaluate(quantizer.model, tokens, byte_table, cfg.eval, ctx, cfg.train.train_seq_len, cfg.train.train_seq_len).val_bpb
 
     plain = quantizer_of(cfg)
     shapes = {name: tuple(param.shape) for name, param in plain.model.named_parameters()}
     base = bpb(plain, {})
     rows = [{"variant": "float", "val_bpb": base}]
     ctx.log(
-        f"{'variant':<12}{'val_bpb':>9}{'vs float':>10}{'bytes ' + cfg.compressor:>15}{'bytes range':>13}{'error':>11}{'solve s':>9}{'pack s':>8}"
+        f"{'variant':<12}{'val_bpb':>9}{'vs float':>10}{'bytes ' + cfg.quant.compressor:>15}{'bytes range':>13}{'error':>11}{'solve s':>9}{'pack s':>8}"
     )
     ctx.log(f"{'float':<12}{base:>9.4f}")
     sizes: dict[str, int] = {}
@@ -1161,7 +1163,7 @@ def table_command(run_dir: Path, names: list[str]) -> None:
             continue
         changes = dict(variant.settings)
         if changes.get("embed_split_top", 0) < 0:
-            changes["embed_split_top"] = cfg.vocab_size // -changes["embed_split_top"]
+            changes["embed_split_top"] = cfg.model.vocab_size // -changes["embed_split_top"]
         variant_cfg = cfg.replace(**changes)
         quantizer = quantizer_of(variant_cfg)
         before = dict(quantizer.seconds)
@@ -1194,9 +1196,13 @@ def table_command(run_dir: Path, names: list[str]) -> None:
             f"{spent['solving']:>9.1f}{spent['packing']:>8.1f}"
         )
     seconds = {"calibration": plain.seconds["calibration"]}
-    ctx.log(f"calibration {seconds['calibration']:.1f}s; {len(tokens):,} validation tokens, windows of {cfg.train_seq_len} without overlap")
+    ctx.log(
+        f"calibration {seconds['calibration']:.1f}s; {len(tokens):,} validation tokens, windows of {cfg.train.train_seq_len} without overlap"
+    )
     with atomic_write(run_dir / "quantization_table.json") as temporary:
-        temporary.write_text(json.dumps({"rows": rows, "seconds": seconds, "tokens": len(tokens), "compressor": cfg.compressor}, indent=1))
+        temporary.write_text(
+            json.dumps({"rows": rows, "seconds": seconds, "tokens": len(tokens), "compressor": cfg.quant.compressor}, indent=1)
+        )
 
 
 # What of the run's settings is about this machine, and has no business in a submission.

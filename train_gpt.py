@@ -74,249 +74,111 @@ Result = TypeVar("Result")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def setting(default, help: str, stage: str, low=None, high=None, choices=None):
-    """Declare one `Config` field. `stage` says who owns it: data, model, train, quant or eval."""
-    metadata = {"help": help, "stage": stage, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=metadata)
+def setting(default, help: str, low=None, high=None, choices=None, several=None):
+    """Declare one setting: its limits, the `choices` it has, or the words of which its comma-separated list may hold `several`."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "several": several})
 
 
-def _stage(stage: str):
-    return lambda default, help, **limits: setting(default, help, stage, **limits)
+class Part:
+    """A part of the configuration: a frozen dataclass of settings."""
 
-
-_data, _model, _train, _quant, _eval = (_stage(s) for s in ("data", "model", "train", "quant", "eval"))
+    def faults(self) -> Iterator[str]:
+        """What single ranges cannot say, a line a broken rule. Later rules may rely on earlier ones: only the first line counts."""
+        yield from ()
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every hyperparameter. The environment variable of `train_seq_len` is TRAIN_SEQ_LEN, and so on.
+class RunConfig(Part):
+    """Where a run reads and writes, and what computes it."""
 
-    Names and defaults follow the challenge's public baseline where it has one. Use `resolve_config`, which also checks ranges.
-    """
-
-    # --- data and run
-    data_path: str = _data("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin shards")
-    tokenizer_path: str = _data("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of those shards")
-    runs_dir: str = _data("./runs", "where runs/<RUN_ID>/ folders go")
-    run_id: str = _data("", "name of the run's folder; empty: made from preset, date and a random suffix")
-    device: str = _data("auto", "auto: CUDA if present", choices=("auto", "cpu", "cuda"))
-    compile: str = _data(
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin shards")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of those shards")
+    runs_dir: str = setting("./runs", "where runs/<RUN_ID>/ folders go")
+    run_id: str = setting("", "name of the run's folder; empty: made from preset, date and a random suffix")
+    device: str = setting("auto", "auto: CUDA if present", choices=("auto", "cpu", "cuda"))
+    compile: str = setting(
         "auto",
         "blocks: one graph a kind of block; whole: the forward as one graph (minutes); 0: eager; auto: blocks on CUDA",
         choices=("auto", "0", "whole", "blocks"),
     )
-    seed: int = _data(1337, "seed of the initial weights and of every random draw", low=0, high=2**63 - 1)
-    resume: bool = _data(False, "continue RUN_ID from its last checkpoint")
-
-    # --- model: shape
-    vocab_size: int = _model(1024, "tokenizer's vocabulary", low=8, high=65536)
-    layer_pattern: str = _model("", "one mixer letter a layer (A attention, S sliding window, G GDN, T token shift); empty: all A")
-    num_layers: int = _model(0, "layers; 0: the length of LAYER_PATTERN, or 9", low=0, high=256)
-    model_dim: int = _model(512, "width of the residual stream", low=8)
-    num_heads: int = _model(8, "query heads", low=1)
-    num_kv_heads: int = _model(4, "key/value heads (GQA)", low=1)
-    mlp_mult: float = _model(2.0, "MLP hidden width / MODEL_DIM", low=0.1, high=16)
-    mlp_act: str = _model("leaky_relu2", "squared activation of the MLP", choices=("leaky_relu2", "relu2", "silu2"))
-    tied_embed_init_std: float = _model(0.005, "std of the tied embedding at init", low=0)
-    logit_softcap: float = _model(30.0, "c in c*tanh(z/c)", low=1e-3)
-    ln_scale: bool = _model(True, "scale each layer's norm by 1/sqrt(layer+1)")
-    document_mask: bool = _model(False, "no attention or GDN state across a BOS: documents are independent")
-
-    # --- model: attention
-    rope_dims: int = _model(16, "head dims that are rotated (partial RoPE); 0: all", low=0)
-    rope_base: float = _model(10000.0, "RoPE base", low=1)
-    qk_gain_init: float = _model(1.5, "initial per-head gain on the normalized queries", low=0)
-    window_size: int = _model(512, "keys a sliding-window layer sees, own position included", low=1)
-    shared_layers: str = _model("", "groups of layers sharing mixer weights, e.g. 5,11 or 5,11;2,3")
-    xsa_layers: str = _model("", "attention layers with exclusive self-attention: all, or e.g. 7,10 or 2-9")
-    attn_sink: bool = _model(False, "one learned sink key per KV head, zero value, in full-attention layers")
-    attn_gate_width: int = _model(0, "per-head output gate from the first n input dims; 0: off", low=0)
-    attn_gate_scale: float = _model(1.0, "s in the gate ATTN_GATE_MAX * sigmoid(s * W n)", low=0)
-    attn_gate_max: float = _model(2.0, "see ATTN_GATE_SCALE; 2: the gate starts at 1, 1: at 1/2 (the sparse form)", low=1e-3)
-    ve_layers: str = _model("", "attention layers that add the value embedding to v")
-    ve_dim: int = _model(128, "width of the value-embedding table", low=1)
-    attention_backend: str = _data("auto", "attention kernel", choices=("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain"))
-
-    # --- model: Gated DeltaNet
-    gdn_qk_heads: int = _model(8, "GDN query/key heads", low=1)
-    gdn_v_heads: int = _model(8, "GDN value heads (a multiple of GDN_QK_HEADS)", low=1)
-    gdn_head_dim: int = _model(64, "GDN head dim", low=1)
-    gdn_conv_size: int = _model(4, "width of the causal depthwise convolution on q, k, v; 1: its own position only", low=1, high=8)
-    gdn_feature_map: str = _model("silu", "activation of q and k before their L2 norm", choices=("silu", "elu1"))
-    gdn_output_norm: bool = _model(True, "RMSNorm of each head's output before the gate")
-    gdn_a_min: float = _model(1.0, "A ~ logU(GDN_A_MIN, GDN_A_MAX) at init", low=1e-4)
-    gdn_a_max: float = _model(16.0, "see GDN_A_MIN", low=1e-4)
-    cuda_graphs: bool = _data(True, "replay training's micro-batches as CUDA graphs, where they are compiled")
-    fused_kernels: str = _data(
+    seed: int = setting(1337, "seed of the initial weights and of every random draw", low=0, high=2**63 - 1)
+    resume: bool = setting(False, "continue RUN_ID from its last checkpoint")
+    attention_backend: str = setting("auto", "attention kernel", choices=("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain"))
+    cuda_graphs: bool = setting(True, "replay training's micro-batches as CUDA graphs, where they are compiled")
+    fused_kernels: str = setting(
         "auto", "Triton kernels of parts/kernels.py: 0 plain, 1 required, auto where they run", choices=("auto", "0", "1")
     )
-    gdn_backend: str = _data("auto", "auto: flash-linear-attention on CUDA, chunked PyTorch elsewhere", choices=("auto", "fla", "torch"))
+    gdn_backend: str = setting("auto", "auto: flash-linear-attention on CUDA, chunked PyTorch elsewhere", choices=("auto", "fla", "torch"))
 
-    # --- model: embedding side
-    bigram_vocab_size: int = _model(0, "buckets of the hashed n-gram table; 0: off", low=0)
-    bigram_dim: int = _model(128, "its width before the projection", low=1)
-    trigram_hash: bool = _model(False, "also look trigrams up in that table")
-    smear_gate: bool = _model(False, "learned blend with the previous token's embedding")
-    smear_form: str = _model(
+    def faults(self) -> Iterator[str]:
+        if self.run_id and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", self.run_id):
+            yield f"RUN_ID={self.run_id!r} is not a plain folder name (letters, digits, dot, dash, underscore)"
+
+
+# One letter a layer in LAYER_PATTERN; the class of each is in MIXERS.
+LAYER_KINDS = {"A": "attention", "S": "sliding window", "G": "GDN", "T": "token shift"}
+ATTENTION_KINDS = "AS"
+
+
+@dataclass(frozen=True)
+class ModelConfig(Part):
+    """What the weights are weights of. A finished run fixes every one of these."""
+
+    # --- shape
+    vocab_size: int = setting(1024, "tokenizer's vocabulary", low=8, high=65536)
+    layer_pattern: str = setting("", "one mixer letter a layer (A attention, S sliding window, G GDN, T token shift); empty: all A")
+    num_layers: int = setting(0, "layers; 0: the length of LAYER_PATTERN, or 9", low=0, high=256)
+    model_dim: int = setting(512, "width of the residual stream", low=8)
+    num_heads: int = setting(8, "query heads", low=1)
+    num_kv_heads: int = setting(4, "key/value heads (GQA)", low=1)
+    mlp_mult: float = setting(2.0, "MLP hidden width / MODEL_DIM", low=0.1, high=16)
+    mlp_act: str = setting("leaky_relu2", "squared activation of the MLP", choices=("leaky_relu2", "relu2", "silu2"))
+    tied_embed_init_std: float = setting(0.005, "std of the tied embedding at init", low=0)
+    logit_softcap: float = setting(30.0, "c in c*tanh(z/c)", low=1e-3)
+    ln_scale: bool = setting(True, "scale each layer's norm by 1/sqrt(layer+1)")
+    document_mask: bool = setting(False, "no attention or GDN state across a BOS: documents are independent")
+
+    # --- attention
+    rope_dims: int = setting(16, "head dims that are rotated (partial RoPE); 0: all", low=0)
+    rope_base: float = setting(10000.0, "RoPE base", low=1)
+    qk_gain_init: float = setting(1.5, "initial per-head gain on the normalized queries", low=0)
+    window_size: int = setting(512, "keys a sliding-window layer sees, own position included", low=1)
+    shared_layers: str = setting("", "groups of layers sharing mixer weights, e.g. 5,11 or 5,11;2,3")
+    xsa_layers: str = setting("", "attention layers with exclusive self-attention: all, or e.g. 7,10 or 2-9")
+    attn_sink: bool = setting(False, "one learned sink key per KV head, zero value, in full-attention layers")
+    attn_gate_width: int = setting(0, "per-head output gate from the first n input dims; 0: off", low=0)
+    attn_gate_scale: float = setting(1.0, "s in the gate ATTN_GATE_MAX * sigmoid(s * W n)", low=0)
+    attn_gate_max: float = setting(2.0, "see ATTN_GATE_SCALE; 2: the gate starts at 1, 1: at 1/2 (the sparse form)", low=1e-3)
+    ve_layers: str = setting("", "attention layers that add the value embedding to v")
+    ve_dim: int = setting(128, "width of the value-embedding table", low=1)
+
+    # --- Gated DeltaNet
+    gdn_qk_heads: int = setting(8, "GDN query/key heads", low=1)
+    gdn_v_heads: int = setting(8, "GDN value heads (a multiple of GDN_QK_HEADS)", low=1)
+    gdn_head_dim: int = setting(64, "GDN head dim", low=1)
+    gdn_conv_size: int = setting(4, "width of the causal depthwise convolution on q, k, v; 1: its own position only", low=1, high=8)
+    gdn_feature_map: str = setting("silu", "activation of q and k before their L2 norm", choices=("silu", "elu1"))
+    gdn_output_norm: bool = setting(True, "RMSNorm of each head's output before the gate")
+    gdn_a_min: float = setting(1.0, "A ~ logU(GDN_A_MIN, GDN_A_MAX) at init", low=1e-4)
+    gdn_a_max: float = setting(16.0, "see GDN_A_MIN", low=1e-4)
+
+    # --- embedding side
+    bigram_vocab_size: int = setting(0, "buckets of the hashed n-gram table; 0: off", low=0)
+    bigram_dim: int = setting(128, "its width before the projection", low=1)
+    trigram_hash: bool = setting(False, "also look trigrams up in that table")
+    smear_gate: bool = setting(False, "learned blend with the previous token's embedding")
+    smear_form: str = setting(
         "lerp", "lerp: per dim, after the first norm; lambda: one weight a token, before it", choices=("lerp", "lambda")
     )
 
-    # --- model: depth
-    parallel_start: int = _model(-1, "first layer with parallel residuals (attention and MLP read the same input); -1: none", low=-1)
-    parallel_lanes: int = _model(1, "residual streams of the parallel layers; 2: attention and MLP read one each", low=1, high=2)
-    unet_skips: bool = _model(False, "gated skips from the first half of the layers to the second")
-    loop_start: int = _model(0, "first layer of the recurrent segment", low=0)
-    loop_end: int = _model(0, "last layer of the recurrent segment", low=0)
-    num_loops: int = _model(0, "extra passes over the segment; 0: no depth recurrence", low=0, high=16)
-    enable_looping_at: float = _model(0.35, "fraction of the training budget at which the recurrence starts", low=0, high=1)
-    loop_ln_scale: float = _model(1.0, "factor on the looped layers' norm scale while looping", low=0)
-
-    # --- training: budget and batch
-    max_wallclock_seconds: float = _train(600.0, "training budget; 0: ITERATIONS alone decides", low=0)
-    iterations: int = _train(20000, "at most this many steps", low=1)
-    gptq_reserve_seconds: float = _train(0.0, "part of the budget kept back for calibration", low=0)
-    train_seq_len: int = _train(1024, "tokens a sequence", low=2)
-    train_seq_schedule: str = _train("", "shorter sequences first, length@fraction of the budget until which, e.g. 1024@0.1,2048@0.7")
-    train_row_tokens: int = _train(
-        0, "tokens a row of whole documents, cut only every TRAIN_SEQ_LEN tokens; 0: rows of TRAIN_SEQ_LEN, cut anywhere", low=0
-    )
-    train_seq_rewarmup_frac: float = _train(
-        0.0, "fraction of the budget over which the LR rises again after each change of length", low=0, high=1
-    )
-    train_batch_tokens: int = _train(524288, "tokens a step, over all ranks", low=2)
-    train_batch_tokens_per_gpu: int = _train(0, "tokens a step on each rank; overrides TRAIN_BATCH_TOKENS", low=0)
-    micro_batch_tokens: int = _train(0, "tokens a forward on each rank; 0: as many as fit the default", low=0)
-    warmup_steps: int = _train(20, "compile warmup steps a graph, before the clock, undone afterwards", low=0)
-    reference_steps: int = _train(4900, "run length for which EMA_DECAY is meant: other lengths keep the same fraction", low=1)
-
-    # --- training: schedule and optimizers
-    warmdown_frac: float = _train(0.72, "last fraction of the budget over which the LR falls linearly", low=0, high=1)
-    min_lr: float = _train(0.0, "floor of the LR, as a fraction", low=0, high=1)
-    matrix_lr: float = _train(0.04, "Muon", low=0, high=1e6)
-    scalar_lr: float = _train(0.04, "AdamW: scalars, gates, convolutions", low=0, high=1e6)
-    tied_embed_lr: float = _train(0.05, "AdamW: embedding tables", low=0, high=1e6)
-    muon_momentum: float = _train(0.95, "final momentum", low=0, high=0.9999)
-    muon_momentum_warmup_start: float = _train(0.85, "momentum at the first step", low=0, high=0.9999)
-    muon_momentum_warmup_frac: float = _train(0.1, "fraction of the budget over which it rises", low=0, high=1)
-    muon_momentum_cooldown_frac: float = _train(
-        0.0, "last fraction of the budget over which it falls back to where it began", low=0, high=1
-    )
-    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", low=1, high=20)
-    muon_coefficients: str = _train("quintic", "Newton-Schulz tuples", choices=("quintic", "polar_express"))
-    muon_row_norm: bool = _train(False, "MuonEq-R: normalize the rows before Newton-Schulz")
-    muon_wd: float = _train(0.0, "decoupled weight decay of the matrices", low=0)
-    muon_wd_mlp: float = _train(-1.0, "the same for MLP matrices; -1: MUON_WD", low=-1)
-    muon_wd_taper_start: float = _train(1.0, "fraction of the budget from which both fall linearly; 1: never", low=0, high=1)
-    muon_wd_taper_end: float = _train(0.5, "what is left of them at the end of the budget, as a fraction", low=0)
-    embed_wd: float = _train(0.0, "weight decay of embedding tables", low=0)
-    adam_wd: float = _train(0.0, "weight decay of the other AdamW parameters", low=0)
-    beta1: float = _train(0.9, "AdamW", low=0, high=0.9999)
-    beta2: float = _train(0.95, "AdamW", low=0, high=0.99999)
-    adam_eps: float = _train(1e-8, "AdamW", low=0)
-    grad_clip_norm: float = _train(0.0, "global gradient norm; 0: no clipping", low=0)
-    ema_decay: float = _train(0.997, "weight average, per step of a REFERENCE_STEPS run; 0: off", low=0, high=0.999999)
-
-    # --- training: quantization awareness
-    late_qat_threshold: float = _train(0.0, "QAT once the LR scale is below this; 0: off", low=0, high=1)
-    qat_last_frac: float = _train(0.0, "QAT over the last fraction of the budget; 0: off", low=0, high=1)
-    qat_mode: str = _train("fake", "fake-quantize (straight-through) or add matching noise", choices=("fake", "noise"))
-    qat_targets: str = _train(".*", "regular expression on the linear layers' names")
-    qat_bits: int = _train(6, "bits that QAT imitates", low=2, high=8)
-    qat_noise_scale: float = _train(0.05, "noise: sigma = this * step / sqrt(12)", low=0)
-    crown_q_lambda: float = _train(0.0, "CROWN-Q penalty during warmdown", low=0)
-
-    # --- training: reports
-    val_loss_every: int = _train(1000, "steps between validations; 0: only at the end", low=0)
-    val_tokens: int = _train(0, "validate on the first n tokens only; 0: all", low=0)
-    train_log_every: int = _train(200, "steps between log lines", low=1)
-    checkpoint_every: int = _train(
-        1000, "steps between checkpoints; 0: not by steps (stopped or finished, a run saves one in any case)", low=0
-    )
-    checkpoint_seconds: float = _train(300.0, "seconds between checkpoints, by the wall clock; 0: not by time", low=0)
-
-    # --- quantization
-    quant_method: str = _quant("gptq", "gptq, or rtn (round to nearest) for comparison", choices=("gptq", "rtn"))
-    matrix_bits: int = _quant(6, "bits of matrices", low=2, high=8)
-    embed_bits: int = _quant(8, "bits of embedding tables", low=2, high=8)
-    matrix_clip_sigmas: float = _quant(12.85, "SDClip: row scale = k*std(row)/(2^(b-1)-1)", low=0.1)
-    embed_clip_sigmas: float = _quant(20.0, "the same for embedding tables", low=0.1)
-    mlp_clip_sigmas: float = _quant(0.0, "k of MLP matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
-    attn_clip_sigmas: float = _quant(0.0, "k of attention matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
-    scale_mantissa_bits: int = _quant(4, "mantissa bits of the float16 row scales: fewer compress better", low=1, high=10)
-    bits_override: str = _quant("", "name-or-role:bits, comma separated, e.g. attn.proj:7,embed:7")
-    gptq_calibration_batches: int = _quant(64, "calibration batches of 8 sequences, from training shards", low=1, high=100000)
-    gptq_block_size: int = _quant(128, "columns solved before the lazy update", low=1)
-    gptq_damp: float = _quant(0.01, "Hessian damping, times its mean diagonal", low=0)
-    compressor: str = _quant("brotli", "packing of the symbols", choices=("brotli", "zstd", "lzma", "zlib", "range"))
-    hadamard_vo: bool = _quant(False, "rotate V and O per KV head by a Hadamard matrix before quantizing")
-    prune_fraction: float = _quant(0.0, "magnitude pruning before quantizing", low=0, high=0.95)
-    embed_split_top: int = _quant(0, "most frequent ids kept at EMBED_BITS; the rest gets EMBED_SPLIT_BITS; 0: no split", low=0)
-    embed_split_bits: int = _quant(7, "bits of the rarer rows", low=2, high=8)
-    lqer_rank: int = _quant(0, "rank of the error correction of the worst tensors; 0: off", low=0, high=64)
-    lqer_top: int = _quant(3, "how many tensors it corrects", low=1)
-    target_bytes: int = _quant(0, "search clips and bits to land just under this total; 0: off", low=0)
-
-    # --- evaluation
-    eval_seq_len: int = _eval(0, "context window; 0: TRAIN_SEQ_LEN", low=0)
-    eval_stride: int = _eval(64, "tokens scored per sliding window", low=1)
-    eval_by_document: bool = _eval(False, "score every document from its own first token, in training's validations too")
-    eval_batch_seqs: int = _eval(0, "windows a forward; 0: automatic", low=0)
-    ttt_enabled: bool = _eval(True, "score-first test-time training after the plain sliding pass")
-    ttt_optimizer: str = _eval("sgd", "its optimizer", choices=("sgd", "adamw"))
-    ttt_lr: float = _eval(0.005, "its learning rate", low=0, high=1e30)
-    ttt_momentum: float = _eval(0.9, "SGD momentum", low=0, high=0.9999)
-    ttt_nesterov: bool = _eval(True, "Nesterov momentum")
-    ttt_epochs: int = _eval(4, "passes over each scored chunk", low=0)
-    ttt_chunk_tokens: int = _eval(32768, "tokens scored before the weights may learn from them", low=1)
-    ttt_grad_clip: float = _eval(1.0, "gradient norm; 0: no clipping", low=0)
-    ttt_params: str = _eval("all", "what trains", choices=("all", "mlp", "matrices", "lora"))
-    ttt_freeze_blocks: int = _eval(0, "first blocks that do not train", low=0)
-    ttt_lora_rank: int = _eval(8, "rank of the LoRA adapters", low=1, high=4096)
-    ttt_lr_schedule: str = _eval("cosine", "over chunks", choices=("constant", "cosine", "adaptive"))
-    ttt_polyak: float = _eval(0.0, "decay of the averaged weights used for scoring; 0: off", low=0, high=0.99999)
-    ttt_byte_weighted: bool = _eval(False, "weight each token's loss by its bytes")
-    ttt_hash_buckets: int = _eval(0, "zero-initialised evaluation-time hash embedding; 0: off", low=0, high=1 << 24)
-    ttt_hash_lr_mult: float = _eval(10.0, "its learning rate over TTT_LR", low=0)
-    ttt_reset_per_doc: bool = _eval(False, "forget at document starts")
-    ttt_batch_seqs: int = _eval(32, "sequences a TTT step, over all ranks", low=1)
-    ttt_seq_len: int = _eval(0, "sequence length of its training passes; 0: EVAL_SEQ_LEN", low=0)
-    ttt_max_lr_mult: float = _eval(
-        3.0, "schedule adaptive: cosine times a factor rising from 1 to this over the first 30 % of chunks", low=1
-    )
-    ttt_adam_wd: float = _eval(0.0, "weight decay of AdamW", low=0)
-    eval_tokens: int = _eval(0, "evaluate the first n validation tokens only; 0: all", low=0)
-    experts: str = _eval("", "tilt,temperature,calibration,ngram,cache,unigram,bigram,trigram,entropy: those mixed in; empty: none")
-    expert_mixer: str = _eval("context", "how their weights are learned", choices=("context", "hedge", "fixed_share"))
-    expert_block_tokens: int = _eval(1024, "tokens scored before the experts' counts and weights learn from them", low=1)
-    expert_report: bool = _eval(True, "also score the model mixed with each expert alone")
-    hedge_eta: float = _eval(0.1, "learning rate of the Hedge mixers", low=0)
-    hedge_share: float = _eval(0.001, "weight that fixed_share spreads evenly after each block", low=0, high=1)
-    ngram_order: int = _eval(9, "longest n-gram counted", low=2, high=16)
-    ngram_max_contexts: int = _eval(1 << 25, "contexts kept over all orders (about 100 bytes each, their successors included)", low=1)
-    ngram_smoothing: str = _eval("kneser_ney", "of the n-gram distributions", choices=("kneser_ney", "witten_bell"))
-    cache_min_count: int = _eval(2, "times the gated cache must have seen a context to use it", low=1)
-    temperature_strength: float = _eval(0.15, "temperature = 1 - this * (1 - H / ln V)", low=0, high=0.99)
-    calibration_clamp: float = _eval(2.0, "largest logit bias of the calibration, nats", low=0)
-    calibration_momentum: float = _eval(0.999, "of its averages, per 64 tokens", low=0, high=1)
-    tilt_beta: float = _eval(0.0, "logit added to the most frequent successor of the context; 0: learned online", low=0)
-    tilt_order: int = _eval(2, "order of the n-gram that names it; 0: every order names one", low=0, high=16)
-    invalid_cache: bool = _eval(False, "also report what the target-keyed cache formula, which is no probability, would claim")
-    codec_streams: int = _eval(
-        0, "streams that codec.py codes in lockstep; 0: by the text's length, at most 256 on CUDA and 32 elsewhere", low=0, high=65536
-    )
-    audit_samples: int = _eval(512, "targets, drawn after the evaluation, of which a blind replica gives the distribution", low=64)
-
-    # Filled by resolve_config: setting -> "default", "preset:<name>", "run" or "env".
-    origins: dict = field(default_factory=dict, compare=False, repr=False)
-
-    def to_dict(self) -> dict:
-        """Settings as plain values, for config.json and artifact headers."""
-        return {f.name: getattr(self, f.name) for f in settings()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> Config:
-        """The inverse of `to_dict`; checked like any other input."""
-        return _build_config({name: (value, "run") for name, value in values.items()})
+    # --- depth
+    parallel_start: int = setting(-1, "first layer with parallel residuals (attention and MLP read the same input); -1: none", low=-1)
+    parallel_lanes: int = setting(1, "residual streams of the parallel layers; 2: attention and MLP read one each", low=1, high=2)
+    unet_skips: bool = setting(False, "gated skips from the first half of the layers to the second")
+    loop_start: int = setting(0, "first layer of the recurrent segment", low=0)
+    loop_end: int = setting(0, "last layer of the recurrent segment", low=0)
+    num_loops: int = setting(0, "extra passes over the segment; 0: no depth recurrence", low=0, high=16)
+    loop_ln_scale: float = setting(1.0, "factor on the looped layers' norm scale while looping", low=0)
 
     @property
     def pattern(self) -> str:
@@ -326,14 +188,332 @@ class Config:
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
 
+    def layers(self, name: str) -> list[int]:
+        """The layer numbers that a setting such as xsa_layers names."""
+        return parse_layers(getattr(self, name), len(self.pattern), name.upper())
+
+    @property
+    def owners(self) -> list[int]:
+        """For each layer, the first layer of the SHARED_LAYERS group it belongs to (itself when it shares with none)."""
+        owners = list(range(len(self.pattern)))
+        for group in filter(None, self.shared_layers.split(";")):
+            layers = parse_layers(group, len(owners), "SHARED_LAYERS")
+            for layer in layers:
+                if owners[layer] != layer or layer in owners[:layer]:
+                    raise UserError(f"SHARED_LAYERS={self.shared_layers}: layer {layer} is in two groups")
+                owners[layer] = layers[0]
+        return owners
+
+    def faults(self) -> Iterator[str]:
+        yield from self._pattern_faults()
+        yield from self._width_faults()
+        yield from self._layer_faults()
+
+    def _pattern_faults(self) -> Iterator[str]:
+        pattern = self.pattern
+        if self.num_layers and self.num_layers != len(pattern):
+            yield f"LAYER_PATTERN={pattern} has {len(pattern)} layers but NUM_LAYERS={self.num_layers}"
+        if unknown := sorted(set(pattern) - set(LAYER_KINDS)):
+            known = ", ".join(f"{letter} ({title})" for letter, title in LAYER_KINDS.items())
+            yield f"LAYER_PATTERN={pattern} names the unknown mixer {unknown[0]!r}; known: {known}"
+        if self.num_loops and not self.loop_start <= self.loop_end < len(pattern):
+            yield f"the recurrent segment {self.loop_start}-{self.loop_end} is not within the {len(pattern)} layers"
+        if self.parallel_lanes == 2 and self.parallel_start < 0:
+            yield "PARALLEL_LANES=2 needs PARALLEL_START, the layer where the lanes part"
+        if self.parallel_lanes == 2 and self.num_loops and self.loop_start < self.parallel_start <= self.loop_end:
+            segment = f"{self.loop_start}-{self.loop_end}"
+            yield f"PARALLEL_LANES=2 from layer {self.parallel_start} on lies inside the recurrent segment {segment}"
+
+    def _width_faults(self) -> Iterator[str]:
+        if self.model_dim % self.num_heads:
+            yield f"MODEL_DIM={self.model_dim} does not divide into NUM_HEADS={self.num_heads} heads"
+        if self.num_heads % self.num_kv_heads:
+            yield f"NUM_HEADS={self.num_heads} is not a multiple of NUM_KV_HEADS={self.num_kv_heads}"
+        if self.gdn_v_heads % self.gdn_qk_heads:
+            yield f"GDN_V_HEADS={self.gdn_v_heads} is not a multiple of GDN_QK_HEADS={self.gdn_qk_heads}"
+        if self.gdn_a_min > self.gdn_a_max:
+            yield f"GDN_A_MIN={self.gdn_a_min} is above GDN_A_MAX={self.gdn_a_max}"
+        rope_dims = self.rope_dims or self.head_dim
+        if rope_dims % 2 or rope_dims > self.head_dim:
+            yield f"ROPE_DIMS={self.rope_dims} must be even and at most the head dim {self.head_dim}"
+        if self.attn_gate_width > self.model_dim:
+            yield f"ATTN_GATE_WIDTH={self.attn_gate_width} is wider than MODEL_DIM={self.model_dim}"
+        if int(self.mlp_mult * self.model_dim) < 1:
+            yield f"MLP_MULT={self.mlp_mult} of MODEL_DIM={self.model_dim} leaves the MLP no width"
+        if self.bigram_vocab_size == 1:
+            yield "BIGRAM_VOCAB_SIZE=1 leaves no bucket for n-grams: the last one means 'no predecessor'"
+        if self.trigram_hash and not self.bigram_vocab_size:
+            yield "TRIGRAM_HASH=1 needs BIGRAM_VOCAB_SIZE: both share one table"
+
+    def _layer_faults(self) -> Iterator[str]:
+        """XSA and value embeddings act on the attention layers among those named; layers that share a mixer share both."""
+        pattern, chosen = self.pattern, {name: self.layers(name) for name in ("xsa_layers", "ve_layers")}
+        for name, layers in chosen.items():
+            if layers and getattr(self, name) != "all" and not any(pattern[layer] in ATTENTION_KINDS for layer in layers):
+                yield f"{name.upper()}={getattr(self, name)} names no attention layer of {pattern}"
+        for layer, first in enumerate(self.owners):
+            if pattern[layer] != pattern[first]:
+                yield f"SHARED_LAYERS: layers {first} ({pattern[first]}) and {layer} ({pattern[layer]}) differ in kind"
+            for name, layers in chosen.items():
+                if (layer in layers) != (first in layers):
+                    yield f"{name.upper()} names only one of the layers {first} and {layer}, which share their mixer"
+
+
+@dataclass(frozen=True)
+class TrainConfig(Part):
+    """How the weights come about: budget, batch, schedules, optimizers, reports."""
+
+    # --- budget and batch
+    max_wallclock_seconds: float = setting(600.0, "training budget; 0: ITERATIONS alone decides", low=0)
+    iterations: int = setting(20000, "at most this many steps", low=1)
+    gptq_reserve_seconds: float = setting(0.0, "part of the budget kept back for calibration", low=0)
+    train_seq_len: int = setting(1024, "tokens a sequence", low=2)
+    train_seq_schedule: str = setting("", "shorter sequences first, length@fraction of the budget until which, e.g. 1024@0.1,2048@0.7")
+    train_row_tokens: int = setting(
+        0, "tokens a row of whole documents, cut only every TRAIN_SEQ_LEN tokens; 0: rows of TRAIN_SEQ_LEN, cut anywhere", low=0
+    )
+    train_seq_rewarmup_frac: float = setting(
+        0.0, "fraction of the budget over which the LR rises again after each change of length", low=0, high=1
+    )
+    train_batch_tokens: int = setting(524288, "tokens a step, over all ranks", low=2)
+    train_batch_tokens_per_gpu: int = setting(0, "tokens a step on each rank; overrides TRAIN_BATCH_TOKENS", low=0)
+    micro_batch_tokens: int = setting(0, "tokens a forward on each rank; 0: as many as fit the default", low=0)
+    warmup_steps: int = setting(20, "compile warmup steps a graph, before the clock, undone afterwards", low=0)
+    reference_steps: int = setting(4900, "run length for which EMA_DECAY is meant: other lengths keep the same fraction", low=1)
+
+    # --- schedule and optimizers
+    enable_looping_at: float = setting(0.35, "fraction of the training budget at which the recurrence starts", low=0, high=1)
+    warmdown_frac: float = setting(0.72, "last fraction of the budget over which the LR falls linearly", low=0, high=1)
+    min_lr: float = setting(0.0, "floor of the LR, as a fraction", low=0, high=1)
+    matrix_lr: float = setting(0.04, "Muon", low=0, high=1e6)
+    scalar_lr: float = setting(0.04, "AdamW: scalars, gates, convolutions", low=0, high=1e6)
+    tied_embed_lr: float = setting(0.05, "AdamW: embedding tables", low=0, high=1e6)
+    muon_momentum: float = setting(0.95, "final momentum", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = setting(0.85, "momentum at the first step", low=0, high=0.9999)
+    muon_momentum_warmup_frac: float = setting(0.1, "fraction of the budget over which it rises", low=0, high=1)
+    muon_momentum_cooldown_frac: float = setting(
+        0.0, "last fraction of the budget over which it falls back to where it began", low=0, high=1
+    )
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", low=1, high=20)
+    muon_coefficients: str = setting("quintic", "Newton-Schulz tuples", choices=("quintic", "polar_express"))
+    muon_row_norm: bool = setting(False, "MuonEq-R: normalize the rows before Newton-Schulz")
+    muon_wd: float = setting(0.0, "decoupled weight decay of the matrices", low=0)
+    muon_wd_mlp: float = setting(-1.0, "the same for MLP matrices; -1: MUON_WD", low=-1)
+    muon_wd_taper_start: float = setting(1.0, "fraction of the budget from which both fall linearly; 1: never", low=0, high=1)
+    muon_wd_taper_end: float = setting(0.5, "what is left of them at the end of the budget, as a fraction", low=0)
+    embed_wd: float = setting(0.0, "weight decay of embedding tables", low=0)
+    adam_wd: float = setting(0.0, "weight decay of the other AdamW parameters", low=0)
+    beta1: float = setting(0.9, "AdamW", low=0, high=0.9999)
+    beta2: float = setting(0.95, "AdamW", low=0, high=0.99999)
+    adam_eps: float = setting(1e-8, "AdamW", low=0)
+    grad_clip_norm: float = setting(0.0, "global gradient norm; 0: no clipping", low=0)
+    ema_decay: float = setting(0.997, "weight average, per step of a REFERENCE_STEPS run; 0: off", low=0, high=0.999999)
+
+    # --- quantization awareness
+    late_qat_threshold: float = setting(0.0, "QAT once the LR scale is below this; 0: off", low=0, high=1)
+    qat_last_frac: float = setting(0.0, "QAT over the last fraction of the budget; 0: off", low=0, high=1)
+    qat_mode: str = setting("fake", "fake-quantize (straight-through) or add matching noise", choices=("fake", "noise"))
+    qat_targets: str = setting(".*", "regular expression on the linear layers' names")
+    qat_bits: int = setting(6, "bits that QAT imitates", low=2, high=8)
+    qat_noise_scale: float = setting(0.05, "noise: sigma = this * step / sqrt(12)", low=0)
+    crown_q_lambda: float = setting(0.0, "CROWN-Q penalty during warmdown", low=0)
+
+    # --- reports
+    val_loss_every: int = setting(1000, "steps between validations; 0: only at the end", low=0)
+    val_tokens: int = setting(0, "validate on the first n tokens only; 0: all", low=0)
+    train_log_every: int = setting(200, "steps between log lines", low=1)
+    checkpoint_every: int = setting(
+        1000, "steps between checkpoints; 0: not by steps (stopped or finished, a run saves one in any case)", low=0
+    )
+    checkpoint_seconds: float = setting(300.0, "seconds between checkpoints, by the wall clock; 0: not by time", low=0)
+
+    @property
+    def sequence_lengths(self) -> list[tuple[int, float]]:
+        """(tokens a sequence, fraction of the budget until which) of TRAIN_SEQ_SCHEDULE in order; TRAIN_SEQ_LEN until the end comes last."""
+        stages: list[tuple[int, float]] = []
+        for part in filter(None, self.train_seq_schedule.replace(" ", "").split(",")):
+            match = re.fullmatch(r"(\d+)@(\d*\.?\d+)", part)
+            if not match or int(match[1]) < 2 or not (stages[-1][1] if stages else 0) < float(match[2]) <= 1:
+                raise UserError(
+                    f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule} is not a list such as 1024@0.1,2048@0.7 with rising fractions up to 1"
+                )
+            stages.append((int(match[1]), float(match[2])))
+        return stages if stages and stages[-1][1] == 1 else [*stages, (self.train_seq_len, 1.0)]
+
+    def faults(self) -> Iterator[str]:
+        if self.gptq_reserve_seconds and self.gptq_reserve_seconds >= self.max_wallclock_seconds > 0:
+            yield f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS"
+        try:
+            re.compile(self.qat_targets)
+        except re.error as error:
+            yield f"QAT_TARGETS={self.qat_targets!r} is not a regular expression: {error}"
+        stages = self.sequence_lengths
+        if stages[-1][0] != self.train_seq_len:
+            yield f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule} ends with another length than TRAIN_SEQ_LEN={self.train_seq_len}"
+
+
+@dataclass(frozen=True)
+class QuantConfig(Part):
+    """How quantize.py presses the weights."""
+
+    quant_method: str = setting("gptq", "gptq, or rtn (round to nearest) for comparison", choices=("gptq", "rtn"))
+    matrix_bits: int = setting(6, "bits of matrices", low=2, high=8)
+    embed_bits: int = setting(8, "bits of embedding tables", low=2, high=8)
+    matrix_clip_sigmas: float = setting(12.85, "SDClip: row scale = k*std(row)/(2^(b-1)-1)", low=0.1)
+    embed_clip_sigmas: float = setting(20.0, "the same for embedding tables", low=0.1)
+    mlp_clip_sigmas: float = setting(0.0, "k of MLP matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
+    attn_clip_sigmas: float = setting(0.0, "k of attention matrices; 0: MATRIX_CLIP_SIGMAS", low=0)
+    scale_mantissa_bits: int = setting(4, "mantissa bits of the float16 row scales: fewer compress better", low=1, high=10)
+    bits_override: str = setting("", "name-or-role:bits, comma separated, e.g. attn.proj:7,embed:7")
+    gptq_calibration_batches: int = setting(64, "calibration batches of 8 sequences, from training shards", low=1, high=100000)
+    gptq_block_size: int = setting(128, "columns solved before the lazy update", low=1)
+    gptq_damp: float = setting(0.01, "Hessian damping, times its mean diagonal", low=0)
+    compressor: str = setting("brotli", "packing of the symbols", choices=("brotli", "zstd", "lzma", "zlib", "range"))
+    hadamard_vo: bool = setting(False, "rotate V and O per KV head by a Hadamard matrix before quantizing")
+    prune_fraction: float = setting(0.0, "magnitude pruning before quantizing", low=0, high=0.95)
+    embed_split_top: int = setting(0, "most frequent ids kept at EMBED_BITS; the rest gets EMBED_SPLIT_BITS; 0: no split", low=0)
+    embed_split_bits: int = setting(7, "bits of the rarer rows", low=2, high=8)
+    lqer_rank: int = setting(0, "rank of the error correction of the worst tensors; 0: off", low=0, high=64)
+    lqer_top: int = setting(3, "how many tensors it corrects", low=1)
+    target_bytes: int = setting(0, "search clips and bits to land just under this total; 0: off", low=0)
+
+
+@dataclass(frozen=True)
+class ExpertConfig(Part):
+    """What is mixed with the model's distribution at evaluation (parts/experts.py). Defaults are card E's where it has them."""
+
+    experts: str = setting(
+        "",
+        "what is mixed in, comma separated; empty: none",
+        several=("tilt", "temperature", "calibration", "ngram", "cache", "unigram", "bigram", "trigram", "entropy"),
+    )
+    expert_mixer: str = setting("context", "how their weights are learned", choices=("context", "hedge", "fixed_share"))
+    expert_block_tokens: int = setting(1024, "tokens scored before the experts' counts and weights learn from them", low=1)
+    expert_report: bool = setting(True, "also score the model mixed with each expert alone")
+    hedge_eta: float = setting(0.1, "learning rate of the Hedge mixers", low=0)
+    hedge_share: float = setting(0.001, "weight that fixed_share spreads evenly after each block", low=0, high=1)
+    ngram_order: int = setting(9, "longest n-gram counted", low=2, high=16)
+    ngram_max_contexts: int = setting(1 << 25, "contexts kept over all orders (about 100 bytes each, their successors included)", low=1)
+    ngram_smoothing: str = setting("kneser_ney", "of the n-gram distributions", choices=("kneser_ney", "witten_bell"))
+    cache_min_count: int = setting(2, "times the gated cache must have seen a context to use it", low=1)
+    temperature_strength: float = setting(0.15, "temperature = 1 - this * (1 - H / ln V)", low=0, high=0.99)
+    calibration_clamp: float = setting(2.0, "largest logit bias of the calibration, nats", low=0)
+    calibration_momentum: float = setting(0.999, "of its averages, per 64 tokens", low=0, high=1)
+    tilt_beta: float = setting(0.0, "logit added to the most frequent successor of the context; 0: learned online", low=0)
+    tilt_order: int = setting(2, "order of the n-gram that names it; 0: every order names one", low=0, high=16)
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.experts.split(",")))
+
+
+@dataclass(frozen=True)
+class EvalConfig(ExpertConfig):
+    """How eval_ttt.py scores: windows, test-time training, experts, audit."""
+
+    eval_seq_len: int = setting(0, "context window; 0: TRAIN_SEQ_LEN", low=0)
+    eval_stride: int = setting(64, "tokens scored per sliding window", low=1)
+    eval_by_document: bool = setting(False, "score every document from its own first token, in training's validations too")
+    eval_batch_seqs: int = setting(0, "windows a forward; 0: automatic", low=0)
+    ttt_enabled: bool = setting(True, "score-first test-time training after the plain sliding pass")
+    ttt_optimizer: str = setting("sgd", "its optimizer", choices=("sgd", "adamw"))
+    ttt_lr: float = setting(0.005, "its learning rate", low=0, high=1e30)
+    ttt_momentum: float = setting(0.9, "SGD momentum", low=0, high=0.9999)
+    ttt_nesterov: bool = setting(True, "Nesterov momentum")
+    ttt_epochs: int = setting(4, "passes over each scored chunk", low=0)
+    ttt_chunk_tokens: int = setting(32768, "tokens scored before the weights may learn from them", low=1)
+    ttt_grad_clip: float = setting(1.0, "gradient norm; 0: no clipping", low=0)
+    ttt_params: str = setting("all", "what trains", choices=("all", "mlp", "matrices", "lora"))
+    ttt_freeze_blocks: int = setting(0, "first blocks that do not train", low=0)
+    ttt_lora_rank: int = setting(8, "rank of the LoRA adapters", low=1, high=4096)
+    ttt_lr_schedule: str = setting("cosine", "over chunks", choices=("constant", "cosine", "adaptive"))
+    ttt_polyak: float = setting(0.0, "decay of the averaged weights used for scoring; 0: off", low=0, high=0.99999)
+    ttt_byte_weighted: bool = setting(False, "weight each token's loss by its bytes")
+    ttt_hash_buckets: int = setting(0, "zero-initialised evaluation-time hash embedding; 0: off", low=0)
+    ttt_hash_lr_mult: float = setting(10.0, "its learning rate over TTT_LR", low=0)
+    ttt_reset_per_doc: bool = setting(False, "forget at document starts")
+    ttt_batch_seqs: int = setting(32, "sequences a TTT step, over all ranks", low=1)
+    ttt_seq_len: int = setting(0, "sequence length of its training passes; 0: EVAL_SEQ_LEN", low=0)
+    ttt_max_lr_mult: float = setting(
+        3.0, "schedule adaptive: cosine times a factor rising from 1 to this over the first 30 % of chunks", low=1
+    )
+    ttt_adam_wd: float = setting(0.0, "weight decay of AdamW", low=0)
+    eval_tokens: int = setting(0, "evaluate the first n validation tokens only; 0: all", low=0)
+    invalid_cache: bool = setting(False, "also report what the target-keyed cache formula, which is no probability, would claim")
+    codec_streams: int = setting(
+        0, "streams that codec.py codes in lockstep; 0: by the text's length, at most 256 on CUDA and 32 elsewhere", low=0, high=65536
+    )
+    audit_tokens: int = setting(0, "the audit's reruns stay within the first n tokens; 0: two chunks and a window", low=0)
+    audit_places: int = setting(6, "places where the audit changes tokens and runs again", low=1)
+    audit_samples: int = setting(64, "positions whose full distribution the audit looks at", low=1)
+    audit_tolerance: float = setting(
+        0.001,
+        "nats by which the audit's reruns may differ on a GPU, beyond 4 times the measured noise of an unchanged rerun; CPU: 0",
+        low=0,
+    )
+
+
+PARTS = {"run": RunConfig, "model": ModelConfig, "train": TrainConfig, "quant": QuantConfig, "eval": EvalConfig}
+PART_OF = {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}  # setting -> its part
+
+
+@dataclass(frozen=True)
+class Config(Part):
+    """Every setting, in five parts. The environment variable of `cfg.train.matrix_lr` is MATRIX_LR, and so on; a name is unique over all parts.
+
+    Names and defaults follow the challenge's public baseline where it has one. Use `resolve_config`, which also checks ranges.
+    """
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    quant: QuantConfig = QuantConfig()
+    eval: EvalConfig = EvalConfig()
+    # Filled by resolve_config: setting -> "default", "preset:<name>", "run" or "env".
+    origins: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def faults(self) -> Iterator[str]:
+        """As a part's: rules between settings of two parts."""
+        if self.train.train_row_tokens and not self.model.document_mask:
+            yield "TRAIN_ROW_TOKENS puts many documents into a row: it needs DOCUMENT_MASK=1"
+
+    def __getitem__(self, name: str):
+        """A setting by its flat name."""
+        return getattr(getattr(self, PART_OF[name]), name)
+
+    def to_dict(self, *parts: str) -> dict:
+        """Settings of some parts, or of all, by flat name as plain values: the form in which they are stored."""
+        return {f.name: self[f.name] for f in settings(*parts)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> Config:
+        """The inverse of `to_dict`, what is left out at its default; checked like any other input."""
+        return _build_config({name: (value, "run") for name, value in values.items()})
+
     def replace(self, **changes) -> Config:
-        """A checked copy with some settings changed."""
-        return Config.from_dict({**self.to_dict(), **changes})
+        """A checked copy with some settings, by flat name, changed. Origins stay."""
+        return dataclasses.replace(Config.from_dict({**self.to_dict(), **changes}), origins=self.origins)
 
 
-def settings(stage: str | None = None) -> list[dataclasses.Field]:
-    """The fields of `Config` that are settings, of one stage or all."""
-    return [f for f in dataclasses.fields(Config) if f.metadata and stage in (None, f.metadata["stage"])]
+def settings(*parts: str) -> list[dataclasses.Field]:
+    """The declarations of every setting, or of some parts'."""
+    return [f for part in parts or PARTS for f in dataclasses.fields(PARTS[part])]
+
+
+def parse_layers(text: str, num_layers: int, name: str) -> list[int]:
+    """'all', '' or a list such as '2-9' or '0,1,10' -> sorted layer numbers."""
+    if text == "all":
+        return list(range(num_layers))
+    layers: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise UserError(f"{name}={text!r} is not 'all' or a list such as 2-9 or 0,1,10")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_layers:
+            raise UserError(f"{name}={text!r} names a layer outside 0-{num_layers - 1}")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
 
 
 def _parse_value(spec: dataclasses.Field, value, origin: str):
@@ -358,6 +538,10 @@ def _parse_value(spec: dataclasses.Field, value, origin: str):
     except (ValueError, KeyError, TypeError):
         kind = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number"}[spec.type]
         raise UserError(f"{name}={value!r} ({origin}) is not {kind}") from None
+    if limits["several"]:
+        value = ",".join(filter(None, value.replace(" ", "").split(",")))
+        if unknown := [word for word in value.split(",") if word and word not in limits["several"]]:
+            raise UserError(f"{name}={value} ({origin}) names {unknown[0]!r}; known: {', '.join(limits['several'])}")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{name}={value!r} ({origin}) is not one of {', '.join(limits['choices'])}")
     if limits["low"] is not None and value < limits["low"]:
@@ -376,99 +560,15 @@ def _build_config(raw: Mapping[str, tuple[object, str]]) -> Config:
         close = difflib.get_close_matches(unknown[0], specs, n=1)
         hint = f"; did you mean {close[0].upper()}?" if close else ""
         raise UserError(f"unknown setting {unknown[0].upper()} ({raw[unknown[0]][1]}){hint}")
-    values = {name: _parse_value(specs[name], value, origin) for name, (value, origin) in raw.items()}
-    cfg = Config(**values, origins={name: raw[name][1] if name in raw else "default" for name in specs})
-    _check_config(cfg)
+    values: dict[str, dict] = {part: {} for part in PARTS}
+    for name, (value, origin) in raw.items():
+        values[PART_OF[name]][name] = _parse_value(specs[name], value, origin)
+    parts = {part: kind(**values[part]) for part, kind in PARTS.items()}
+    cfg = Config(**parts, origins={name: raw[name][1] if name in raw else "default" for name in specs})
+    for part in (*parts.values(), cfg):
+        for fault in part.faults():
+            raise UserError(fault)
     return cfg
-
-
-def _check_config(cfg: Config) -> None:
-    """What single ranges cannot say."""
-    pattern = cfg.pattern
-    if cfg.num_layers and cfg.num_layers != len(pattern):
-        raise UserError(f"LAYER_PATTERN={pattern} has {len(pattern)} layers but NUM_LAYERS={cfg.num_layers}")
-    unknown = sorted(set(pattern) - set(MIXERS))
-    if unknown:
-        known = ", ".join(f"{letter} ({mixer.title})" for letter, mixer in MIXERS.items())
-        raise UserError(f"LAYER_PATTERN={pattern} names the unknown mixer {unknown[0]!r}; known: {known}")
-    if cfg.model_dim % cfg.num_heads:
-        raise UserError(f"MODEL_DIM={cfg.model_dim} does not divide into NUM_HEADS={cfg.num_heads} heads")
-    if cfg.num_heads % cfg.num_kv_heads:
-        raise UserError(f"NUM_HEADS={cfg.num_heads} is not a multiple of NUM_KV_HEADS={cfg.num_kv_heads}")
-    if cfg.gdn_v_heads % cfg.gdn_qk_heads:
-        raise UserError(f"GDN_V_HEADS={cfg.gdn_v_heads} is not a multiple of GDN_QK_HEADS={cfg.gdn_qk_heads}")
-    if cfg.gdn_a_min > cfg.gdn_a_max:
-        raise UserError(f"GDN_A_MIN={cfg.gdn_a_min} is above GDN_A_MAX={cfg.gdn_a_max}")
-    rope_dims = cfg.rope_dims or cfg.head_dim
-    if rope_dims % 2 or rope_dims > cfg.head_dim:
-        raise UserError(f"ROPE_DIMS={cfg.rope_dims} must be even and at most the head dim {cfg.head_dim}")
-    if cfg.attn_gate_width > cfg.model_dim:
-        raise UserError(f"ATTN_GATE_WIDTH={cfg.attn_gate_width} is wider than MODEL_DIM={cfg.model_dim}")
-    if int(cfg.mlp_mult * cfg.model_dim) < 1:
-        raise UserError(f"MLP_MULT={cfg.mlp_mult} of MODEL_DIM={cfg.model_dim} leaves the MLP no width")
-    if cfg.run_id and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", cfg.run_id):
-        raise UserError(f"RUN_ID={cfg.run_id!r} is not a plain folder name (letters, digits, dot, dash, underscore)")
-    if cfg.bigram_vocab_size == 1:
-        raise UserError("BIGRAM_VOCAB_SIZE=1 leaves no bucket for n-grams: the last one means 'no predecessor'")
-    if cfg.trigram_hash and not cfg.bigram_vocab_size:
-        raise UserError("TRIGRAM_HASH=1 needs BIGRAM_VOCAB_SIZE: both share one table")
-    if cfg.num_loops and not cfg.loop_start <= cfg.loop_end < len(pattern):
-        raise UserError(f"the recurrent segment {cfg.loop_start}-{cfg.loop_end} is not within the {len(pattern)} layers")
-    for name in ("xsa_layers", "ve_layers"):  # these act on the attention layers among those named
-        layers = parse_layers(getattr(cfg, name), len(pattern), name.upper())
-        if layers and getattr(cfg, name) != "all" and not any(issubclass(MIXERS[pattern[layer]], CausalAttention) for layer in layers):
-            raise UserError(f"{name.upper()}={getattr(cfg, name)} names no attention layer of {pattern}")
-    if cfg.parallel_lanes == 2 and cfg.parallel_start < 0:
-        raise UserError("PARALLEL_LANES=2 needs PARALLEL_START, the layer where the lanes part")
-    if cfg.parallel_lanes == 2 and cfg.num_loops and cfg.loop_start < cfg.parallel_start <= cfg.loop_end:
-        raise UserError(
-            f"PARALLEL_LANES=2 from layer {cfg.parallel_start} on lies inside the recurrent segment {cfg.loop_start}-{cfg.loop_end}"
-        )
-    if cfg.train_row_tokens and not cfg.document_mask:
-        raise UserError("TRAIN_ROW_TOKENS puts many documents into a row: it needs DOCUMENT_MASK=1")
-    sequence_lengths(cfg)
-    owner = layer_owners(cfg)
-    for layer, first in enumerate(owner):
-        if MIXERS[pattern[layer]] is not MIXERS[pattern[first]]:
-            raise UserError(f"SHARED_LAYERS: layers {first} ({pattern[first]}) and {layer} ({pattern[layer]}) differ in kind")
-        for name in ("xsa_layers", "ve_layers"):
-            chosen = parse_layers(getattr(cfg, name), len(pattern), name.upper())
-            if (layer in chosen) != (first in chosen):
-                raise UserError(f"{name.upper()} names only one of the layers {first} and {layer}, which share their mixer")
-    if cfg.gptq_reserve_seconds and cfg.gptq_reserve_seconds >= cfg.max_wallclock_seconds > 0:
-        raise UserError(f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS")
-    try:
-        re.compile(cfg.qat_targets)
-    except re.error as error:
-        raise UserError(f"QAT_TARGETS={cfg.qat_targets!r} is not a regular expression: {error}") from None
-
-
-def parse_layers(text: str, num_layers: int, name: str) -> list[int]:
-    """'all', '' or a list such as '2-9' or '0,1,10' -> sorted layer numbers."""
-    if text == "all":
-        return list(range(num_layers))
-    layers: set[int] = set()
-    for part in filter(None, text.replace(" ", "").split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise UserError(f"{name}={text!r} is not 'all' or a list such as 2-9 or 0,1,10")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < num_layers:
-            raise UserError(f"{name}={text!r} names a layer outside 0-{num_layers - 1}")
-        layers.update(range(first, last + 1))
-    return sorted(layers)
-
-
-def layer_owners(cfg: Config) -> list[int]:
-    """For each layer, the first layer of the SHARED_LAYERS group it belongs to (itself when it shares with none)."""
-    owners = list(range(len(cfg.pattern)))
-    for group in filter(None, cfg.shared_layers.split(";")):
-        layers = parse_layers(group, len(owners), "SHARED_LAYERS")
-        for layer in layers:
-            if owners[layer] != layer or layer in owners[:layer]:
-                raise UserError(f"SHARED_LAYERS={cfg.shared_layers}: layer {layer} is in two groups")
-            owners[layer] = layers[0]
-    return owners
 
 
 def read_preset(preset: str, records: Path | None = None) -> dict[str, tuple[str, str]]:
@@ -496,19 +596,18 @@ def resolve_config(environ: Mapping[str, str], base: Mapping | None = None) -> C
 
     With `base` a model setting in the environment that contradicts the run is refused: the weights already fix it.
     """
-    names = {f.name: f.metadata["stage"] for f in settings()}
     raw: dict[str, tuple[object, str]] = {}
     if base is not None:
         raw.update({name: (value, "run") for name, value in base.items()})
     elif environ.get("PRESET"):
         raw.update(read_preset(environ["PRESET"]))
-    given = {name: (environ[name.upper()], "env") for name in names if environ.get(name.upper(), "") != ""}
+    given = {f.name: (environ[f.name.upper()], "env") for f in settings() if environ.get(f.name.upper(), "") != ""}
     if base is not None:
         fixed = Config.from_dict(base)
-        for name, (value, origin) in given.items():
-            spec = next(f for f in settings() if f.name == name)
-            if names[name] == "model" and _parse_value(spec, value, origin) != getattr(fixed, name):
-                raise UserError(f"{name.upper()}={value} contradicts the trained model, whose value is {getattr(fixed, name)}")
+        for spec in settings("model"):
+            value, origin = given.get(spec.name, (fixed[spec.name], "run"))
+            if _parse_value(spec, value, origin) != fixed[spec.name]:
+                raise UserError(f"{spec.name.upper()}={value} contradicts the trained model, whose value is {fixed[spec.name]}")
     raw.update(given)
     return _build_config(raw)
 
@@ -809,12 +908,12 @@ def plan_kernels(cfg: Config, device: torch.device, compiled: bool) -> Kernels:
     order = {"full": ("fa4", "fa3", "cudnn", "fa2", "flash"), "windowed": ("fa4", "fa3", "flex", "fa2", "plain")}
     serves = {"full": (*order["full"], "flex", "plain"), "windowed": order["windowed"]}
     masked = ("fa4", "flex", "plain")
-    if cfg.document_mask:
+    if cfg.model.document_mask:
         order = serves = {"full": masked, "windowed": masked}
-    elif cfg.attn_sink:
+    elif cfg.model.attn_sink:
         order = {"full": order["full"], "windowed": masked}
         serves = {"full": serves["full"], "windowed": masked}
-    forced = cfg.attention_backend
+    forced = cfg.run.attention_backend
     if forced != "auto":
         if faults[forced]:
             raise UserError(f"ATTENTION_BACKEND={forced}: {faults[forced]}")
@@ -824,11 +923,11 @@ def plan_kernels(cfg: Config, device: torch.device, compiled: bool) -> Kernels:
     chosen = {kind: next(name for name in names if not faults[name]) for kind, names in order.items()}
     refused = [f"{name}: {fault}" for name, fault in faults.items() if fault and forced == "auto"]
     fault = kernels.missing_triton(device)
-    if fault and cfg.fused_kernels == "1":
+    if fault and cfg.run.fused_kernels == "1":
         raise UserError(f"FUSED_KERNELS=1: {fault}")
     refused += [f"triton: {fault}"] if fault else []
-    gdn = choose_gdn_backend(cfg, device) if "G" in cfg.pattern else "torch"
-    return Kernels(chosen["full"], chosen["windowed"], not fault and cfg.fused_kernels != "0", gdn, tuple(refused))
+    gdn = choose_gdn_backend(cfg.run, device) if "G" in cfg.model.pattern else "torch"
+    return Kernels(chosen["full"], chosen["windowed"], not fault and cfg.run.fused_kernels != "0", gdn, tuple(refused))
 
 
 def package_exists(name: str) -> bool:
@@ -1029,7 +1128,7 @@ def chunked_gated_delta_rule(
     return out.transpose(1, 2).to(dtype), s
 
 
-def choose_gdn_backend(cfg: Config, device: torch.device) -> str:
+def choose_gdn_backend(cfg: RunConfig, device: torch.device) -> str:
     """'fla' or 'torch'. Refuses the combinations whose backward is known to be wrong, saying what to install.
 
     Triton 3.4 to 3.7.0 miscompiles the gated chunk backward on Hopper (flash-linear-attention issue 640); its TileLang backend avoids that.
@@ -1334,10 +1433,9 @@ class ForwardContext:
 class CausalAttention(nn.Module):
     """GQA with normalized q and k, per-head gain, partial RoPE; by configuration XSA, a sink key, an output gate, value embeddings."""
 
-    title = "attention"
     windowed = False
 
-    def __init__(self, cfg: Config, layer: int):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         self.window = cfg.window_size if self.windowed else 0
@@ -1347,9 +1445,8 @@ class CausalAttention(nn.Module):
         self.c_v = Linear(cfg.model_dim, kv_dim)
         self.proj = Linear(self.heads * self.head_dim, cfg.model_dim, init="zero")
         self.q_gain = nn.Parameter(torch.full((self.heads,), cfg.qk_gain_init))
-        layers = len(cfg.pattern)
-        self.xsa = layer in parse_layers(cfg.xsa_layers, layers, "XSA_LAYERS")
-        uses_ve = layer in parse_layers(cfg.ve_layers, layers, "VE_LAYERS")
+        self.xsa = layer in cfg.layers("xsa_layers")
+        uses_ve = layer in cfg.layers("ve_layers")
         self.ve_scale = nn.Parameter(torch.ones(())) if uses_ve else None
         self.sink = nn.Parameter(torch.zeros(self.kv_heads, self.head_dim)) if cfg.attn_sink and not self.windowed else None
         self.gate = nn.Parameter(torch.zeros(self.heads, cfg.attn_gate_width)) if cfg.attn_gate_width else None
@@ -1387,7 +1484,6 @@ class CausalAttention(nn.Module):
 class SlidingWindowAttention(CausalAttention):
     """The same over the last WINDOW_SIZE positions, the query's own included."""
 
-    title = "sliding window"
     windowed = True
 
 
@@ -1397,9 +1493,7 @@ class GatedDeltaNet(nn.Module):
     Short causal depthwise convolution on q, k, v; q and k L2-normed after their activation (SiLU, or elu+1); output gate SiLU(z).
     """
 
-    title = "GDN"
-
-    def __init__(self, cfg: Config, layer: int):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.qk_heads, self.v_heads, self.head_dim = cfg.gdn_qk_heads, cfg.gdn_v_heads, cfg.gdn_head_dim
         self.feature_map, self.output_norm, self.taps = cfg.gdn_feature_map, cfg.gdn_output_norm, cfg.gdn_conv_size
@@ -1445,9 +1539,7 @@ class GatedDeltaNet(nn.Module):
 class TokenShift(nn.Module):
     """RWKV-style channel mixing with the previous token: σ(W_r x_r) ⊙ W_v relu(W_k x_k)², x_r and x_k learned blends per dim."""
 
-    title = "token shift"
-
-    def __init__(self, cfg: Config, layer: int):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.mu_r, self.mu_k = nn.Parameter(torch.zeros(cfg.model_dim)), nn.Parameter(torch.zeros(cfg.model_dim))
         self.w_r, self.w_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, cfg.model_dim)
@@ -1555,7 +1647,7 @@ class FinalNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim, init="zero")
@@ -1592,7 +1684,7 @@ class Block(nn.Module):
     lane_i ← r_i·lane_i + p_0i·mixed + p_1i·hidden (from the challenge's public record; r = 1.1 and p = 1 at first).
     """
 
-    def __init__(self, cfg: Config, layer: int, mixer: nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int, mixer: nn.Module):
         super().__init__()
         dim = cfg.model_dim
         self.mixer, self.mlp = mixer, MLP(cfg)
@@ -1649,7 +1741,7 @@ class Regions:
 class GPT(nn.Module):
     """The hybrid model: one forward for training, evaluation, calibration and test-time training."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
         dim, layers = cfg.model_dim, len(cfg.pattern)
@@ -1657,10 +1749,10 @@ class GPT(nn.Module):
         nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         self.bigram = HashEmbedding(cfg.bigram_vocab_size, cfg.bigram_dim, dim, cfg.trigram_hash) if cfg.bigram_vocab_size else None
         self.smear = {"lerp": SmearGate, "lambda": LambdaSmearGate}[cfg.smear_form](dim) if cfg.smear_gate else None
-        ve_layers = parse_layers(cfg.ve_layers, layers, "VE_LAYERS")
+        ve_layers = cfg.layers("ve_layers")
         self.value_embed = ValueEmbedding(cfg.vocab_size, cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim) if ve_layers else None
         mixers: list[nn.Module] = []
-        for layer, (letter, owner) in enumerate(zip(cfg.pattern, layer_owners(cfg))):
+        for layer, (letter, owner) in enumerate(zip(cfg.pattern, cfg.owners)):
             mixers.append(mixers[owner] if owner < layer else MIXERS[letter](cfg, layer))
         self.blocks = nn.ModuleList(Block(cfg, layer, mixer) for layer, mixer in enumerate(mixers))
         skips = max(len(self.layer_order(looping)) // 2 for looping in (False, True)) if cfg.unet_skips else 0
@@ -1675,10 +1767,6 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.kernels = Kernels()
         self.lookback = max(2, cfg.gdn_conv_size - 1)
-        if cfg.late_qat_threshold or cfg.qat_last_frac:
-            for name, module in self.named_modules():
-                if isinstance(module, Linear) and re.search(cfg.qat_targets, name):
-                    module.fake_quantize = FakeQuantize(cfg.qat_bits, cfg.matrix_clip_sigmas, cfg.qat_mode, cfg.qat_noise_scale)
 
     def layer_order(self, looping: bool) -> list[int]:
         """Layers in the order they run; depth recurrence repeats its segment."""
@@ -1798,28 +1886,28 @@ def build_model(cfg: Config, device: torch.device | str = "cpu") -> GPT:
     """A freshly initialised model on `device`, its kernels chosen for it. The weights depend on SEED alone, not on the device."""
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        model = GPT(cfg)
+        torch.manual_seed(cfg.run.seed)
+        model = GPT(cfg.model)
     model.to(device)
     model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model.kernels = plan_kernels(cfg, device, compile_mode(cfg, device) != "0")
+    model.kernels = plan_kernels(cfg, device, compile_mode(cfg.run, device) != "0")
     return model
 
 
-def compile_mode(cfg: Config, device: torch.device) -> str:
+def compile_mode(cfg: RunConfig, device: torch.device) -> str:
     """'whole', 'blocks' or '0': what COMPILE means on this device."""
     if cfg.compile != "auto":
         return cfg.compile
     return "blocks" if device.type == "cuda" else "0"
 
 
-def maybe_compile(model: GPT) -> Callable[..., Tensor]:
+def maybe_compile(model: GPT, cfg: RunConfig) -> Callable[..., Tensor]:
     """The model's forward, compiled as COMPILE says. Same weights: `model` itself stays usable, uncompiled.
 
     "blocks" compiles each kind of block once, and the head: half a minute for a deep model, and recurrence on or off is the same code.
     "whole" makes one graph of the forward (two with depth recurrence): it fuses across blocks too, and takes minutes to compile.
     """
-    mode = compile_mode(model.cfg, next(model.parameters()).device)
+    mode = compile_mode(cfg, next(model.parameters()).device)
     if mode == "0":
         return model
     # Kinds of block x shapes x gradient modes are counted against one limit, beyond which a whole graph is refused.
@@ -1849,14 +1937,19 @@ def count_params(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: who optimizes it, at which rate and decay, and as what it is quantized."""
+    """One parameter: who optimizes it, which settings are its rate and decay, and as what it is quantized."""
 
     name: str
     param: nn.Parameter
     role: str  # embed, hash, mlp, attn, gdn, shift, proj, control: quantize.py's unit of bits and clips
     optimizer: str  # muon or adam
-    lr: float
-    weight_decay: float
+    lr: str  # names of settings in TrainConfig
+    weight_decay: str | None
+
+    def rates(self, cfg: TrainConfig) -> tuple[float, float]:
+        """(learning rate, weight decay)"""
+        decay = "muon_wd" if self.weight_decay == "muon_wd_mlp" and cfg.muon_wd_mlp < 0 else self.weight_decay
+        return getattr(cfg, self.lr), getattr(cfg, decay) if decay else 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -1879,7 +1972,7 @@ PARAMETER_RULES = (
 )
 
 
-def parameter_table(model: GPT, cfg: Config) -> list[ParamSpec]:
+def parameter_table(model: GPT) -> list[ParamSpec]:
     """Every parameter of the model once (shared modules under their first name), matched against PARAMETER_RULES."""
     table = []
     for name, param in model.named_parameters():
@@ -1887,9 +1980,7 @@ def parameter_table(model: GPT, cfg: Config) -> list[ParamSpec]:
         assert len(matches) == 1, f"parameter {name} matches {len(matches)} rules of PARAMETER_RULES; it needs exactly one"
         _, role, optimizer, lr, decay = matches[0]
         assert optimizer != "muon" or param.dim() == 2, f"{name}: Muon takes matrices, not shape {tuple(param.shape)}"
-        if decay == "muon_wd_mlp" and cfg.muon_wd_mlp < 0:
-            decay = "muon_wd"
-        table.append(ParamSpec(name, param, role, optimizer, getattr(cfg, lr), getattr(cfg, decay) if decay else 0.0))
+        table.append(ParamSpec(name, param, role, optimizer, lr, decay))
     return table
 
 
@@ -1908,14 +1999,14 @@ class Muon:
     the result, so every rank applies the same update.
     """
 
-    def __init__(self, table: list[ParamSpec], cfg: Config, ctx: RunContext):
+    def __init__(self, table: list[ParamSpec], cfg: TrainConfig, ctx: RunContext, compiled: bool = False):
         self.cfg, self.ctx = cfg, ctx
         groups: dict[tuple, list[ParamSpec]] = {}
         for spec in table:
             if spec.optimizer == "muon":
-                groups.setdefault((spec.shape, spec.lr, spec.weight_decay), []).append(spec)
+                groups.setdefault((spec.shape, *spec.rates(cfg)), []).append(spec)
         self.groups = [(specs, torch.zeros(len(specs), *specs[0].shape, device=ctx.device)) for specs in groups.values()]
-        self.nesterov = nesterov if compile_mode(cfg, ctx.device) == "0" else torch.compile(nesterov, dynamic=False, fullgraph=True)
+        self.nesterov = torch.compile(nesterov, dynamic=False, fullgraph=True) if compiled else nesterov
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, wd_scale: float = 1.0) -> None:
@@ -1934,9 +2025,10 @@ class Muon:
             else:
                 update = mine
             rows, columns = specs[0].shape
-            lr = specs[0].lr * lr_scale
+            lr, weight_decay = specs[0].rates(cfg)
+            lr *= lr_scale
             params = [spec.param for spec in specs]
-            torch._foreach_mul_(params, 1 - lr * specs[0].weight_decay * wd_scale)
+            torch._foreach_mul_(params, 1 - lr * weight_decay * wd_scale)
             torch._foreach_add_(params, list(update[: len(specs)].unbind()), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
     def buffers(self) -> dict[str, Tensor]:
@@ -1946,13 +2038,13 @@ class Muon:
 class Optimizers:
     """Muon for the matrices and AdamW for the rest, as the parameter table says; plus what acts on gradients before them."""
 
-    def __init__(self, model: GPT, cfg: Config, ctx: RunContext):
-        self.cfg, self.ctx, self.table = cfg, ctx, parameter_table(model, cfg)
-        self.muon = Muon(self.table, cfg, ctx)
+    def __init__(self, model: GPT, cfg: TrainConfig, ctx: RunContext, compiled: bool = False):
+        self.cfg, self.ctx, self.table = cfg, ctx, parameter_table(model)
+        self.muon = Muon(self.table, cfg, ctx, compiled)
         groups: dict[tuple, list[nn.Parameter]] = {}
         for spec in self.table:
             if spec.optimizer == "adam":
-                groups.setdefault((spec.lr, spec.weight_decay), []).append(spec.param)
+                groups.setdefault(spec.rates(cfg), []).append(spec.param)
         self.adam = torch.optim.AdamW(
             [{"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
             betas=(cfg.beta1, cfg.beta2),
@@ -2017,53 +2109,38 @@ class Optimizers:
 # written for 4,900 steps on 8 GPUs then keeps its shape in 60 steps on a CPU, and any run ends annealed, whatever its speed.
 
 
-def lr_scale(cfg: Config, progress: float) -> float:
+def lr_scale(cfg: TrainConfig, progress: float) -> float:
     """Constant, then linear over the last WARMDOWN_FRAC of the budget down to MIN_LR; after a change of sequence length it rises anew."""
-    changes = [until for _, until in sequence_lengths(cfg)[:-1] if until <= progress]
+    changes = [until for _, until in cfg.sequence_lengths[:-1] if until <= progress]
     if not (changes and cfg.train_seq_rewarmup_frac):
         return warmdown(cfg, progress)
     return warmdown(cfg, progress) * min(1.0, (progress - changes[-1]) / cfg.train_seq_rewarmup_frac)
 
 
-def warmdown(cfg: Config, progress: float) -> float:
+def warmdown(cfg: TrainConfig, progress: float) -> float:
     return min(1.0, max(cfg.min_lr, (1 - progress) / cfg.warmdown_frac)) if cfg.warmdown_frac else 1.0
 
 
-def sequence_lengths(cfg: Config) -> list[tuple[int, float]]:
-    """(tokens a sequence, fraction of the budget until which) of TRAIN_SEQ_SCHEDULE in order; TRAIN_SEQ_LEN until the end comes last."""
-    stages: list[tuple[int, float]] = []
-    for part in filter(None, cfg.train_seq_schedule.replace(" ", "").split(",")):
-        match = re.fullmatch(r"(\d+)@(\d*\.?\d+)", part)
-        if not match or int(match[1]) < 2 or not (stages[-1][1] if stages else 0) < float(match[2]) <= 1:
-            raise UserError(
-                f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule} is not a list such as 1024@0.1,2048@0.7 with rising fractions up to 1"
-            )
-        stages.append((int(match[1]), float(match[2])))
-    if stages and stages[-1][1] == 1:
-        if stages[-1][0] != cfg.train_seq_len:
-            raise UserError(f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule} ends with another length than TRAIN_SEQ_LEN={cfg.train_seq_len}")
-        return stages
-    return [*stages, (cfg.train_seq_len, 1.0)]
-
-
-def sequence_length(cfg: Config, progress: float) -> int:
-    return next((length for length, until in sequence_lengths(cfg) if progress < until), cfg.train_seq_len)
+def sequence_length(cfg: TrainConfig, progress: float) -> int:
+    return next((length for length, until in cfg.sequence_lengths if progress < until), cfg.train_seq_len)
 
 
 def training_graphs(cfg: Config) -> list[tuple[int, bool]]:
     """(tokens a sequence, recurrence on) of every kind of step that a run takes, in order."""
-    edges = sorted({0.0, cfg.enable_looping_at, *(until for _, until in sequence_lengths(cfg)[:-1])})
-    graphs = [(sequence_length(cfg, edge), bool(cfg.num_loops and edge >= cfg.enable_looping_at)) for edge in edges if edge < 1]
+    edges = sorted({0.0, cfg.train.enable_looping_at, *(until for _, until in cfg.train.sequence_lengths[:-1])})
+    graphs = [
+        (sequence_length(cfg.train, edge), bool(cfg.model.num_loops and edge >= cfg.train.enable_looping_at)) for edge in edges if edge < 1
+    ]
     return list(dict.fromkeys(graphs))
 
 
-def wd_scale(cfg: Config, progress: float) -> float:
+def wd_scale(cfg: TrainConfig, progress: float) -> float:
     """Of the matrices' weight decay: 1, from MUON_WD_TAPER_START on linear to MUON_WD_TAPER_END."""
     fraction = (progress - cfg.muon_wd_taper_start) / (1 - cfg.muon_wd_taper_start) if cfg.muon_wd_taper_start < 1 else 0.0
     return 1 + (cfg.muon_wd_taper_end - 1) * min(1.0, max(0.0, fraction))
 
 
-def muon_momentum(cfg: Config, progress: float) -> float:
+def muon_momentum(cfg: TrainConfig, progress: float) -> float:
     """From MUON_MOMENTUM_WARMUP_START up to MUON_MOMENTUM and, where there is a cooldown, back down at the end, linearly both times."""
     fraction = min(1.0, progress / cfg.muon_momentum_warmup_frac) if cfg.muon_momentum_warmup_frac else 1.0
     if cfg.muon_momentum_cooldown_frac:
@@ -2071,17 +2148,17 @@ def muon_momentum(cfg: Config, progress: float) -> float:
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * fraction
 
 
-def ema_decay(cfg: Config, advance: float) -> float:
+def ema_decay(cfg: TrainConfig, advance: float) -> float:
     """Decay over a step that spends `advance` of the budget: EMA_DECAY per step when REFERENCE_STEPS such steps make the run."""
     return cfg.ema_decay ** (cfg.reference_steps * advance)
 
 
-def qat_active(cfg: Config, progress: float) -> bool:
+def qat_active(cfg: TrainConfig, progress: float) -> bool:
     by_lr = cfg.late_qat_threshold > 0 and warmdown(cfg, progress) < cfg.late_qat_threshold
     return by_lr or (cfg.qat_last_frac > 0 and progress >= 1 - cfg.qat_last_frac)
 
 
-def training_progress(cfg: Config, step: int, elapsed: float) -> float:
+def training_progress(cfg: TrainConfig, step: int, elapsed: float) -> float:
     """Fraction spent of whichever budget ends the run first: steps, or wallclock less what calibration keeps back."""
     progress = step / cfg.iterations
     if cfg.max_wallclock_seconds:
@@ -2094,18 +2171,18 @@ def length_warnings(cfg: Config, steps: float) -> list[str]:
     warnings = []
     if steps < 100:
         warnings.append(f"only about {steps:.0f} steps fit the budget: a smaller TRAIN_BATCH_TOKENS would train better")
-    if cfg.ema_decay:
-        horizon = -steps / (cfg.reference_steps * math.log(cfg.ema_decay))
+    if cfg.train.ema_decay:
+        horizon = -steps / (cfg.train.reference_steps * math.log(cfg.train.ema_decay))
         if horizon < 3:
             warnings.append(f"the EMA averages over {horizon:.1f} steps only")
         if horizon > steps / 4:
             warnings.append(
                 f"the EMA's horizon of {horizon:.0f} steps is over a quarter of the run: EMA_DECAY and REFERENCE_STEPS disagree"
             )
-    for name, fraction in (("MUON_MOMENTUM_WARMUP_FRAC", cfg.muon_momentum_warmup_frac), ("WARMDOWN_FRAC", cfg.warmdown_frac)):
+    for name, fraction in (("MUON_MOMENTUM_WARMUP_FRAC", cfg.train.muon_momentum_warmup_frac), ("WARMDOWN_FRAC", cfg.train.warmdown_frac)):
         if fraction and fraction * steps < 5:
             warnings.append(f"{name}={fraction} is {fraction * steps:.1f} steps")
-    if cfg.num_loops and (1 - cfg.enable_looping_at) * steps < 10:
+    if cfg.model.num_loops and (1 - cfg.train.enable_looping_at) * steps < 10:
         warnings.append("depth recurrence trains for fewer than 10 steps")
     return warnings
 
@@ -2138,7 +2215,7 @@ class BatchPlan:
         return self.per_rank // self.per_micro
 
 
-def plan_batch(cfg: Config, ctx: RunContext, seq_len: int = 0) -> BatchPlan:
+def plan_batch(cfg: TrainConfig, ctx: RunContext, seq_len: int = 0) -> BatchPlan:
     """Derive gradient accumulation for sequences of `seq_len` (0: TRAIN_SEQ_LEN); refuse sizes that do not divide, naming the nearest that would."""
     per_gpu, context, world = cfg.train_batch_tokens_per_gpu, seq_len or cfg.train_seq_len, ctx.world_size
     seq = max(cfg.train_row_tokens, context)
@@ -2270,13 +2347,13 @@ class EvalResult:
     seconds: float
 
 
-def eval_batch_size(cfg: Config, seq_len: int, device: torch.device) -> int:
+def eval_batch_size(cfg: EvalConfig, seq_len: int, device: torch.device) -> int:
     """Windows a forward: EVAL_BATCH_SEQS, or what fills the device."""
     return cfg.eval_batch_seqs or max(1, (131072 if device.type == "cuda" else 8192) // seq_len)
 
 
 def evaluate(
-    forward: Callable[..., Tensor], tokens: Tensor, byte_table: ByteTable, cfg: Config, ctx: RunContext, seq_len: int, stride: int
+    forward: Callable[..., Tensor], tokens: Tensor, byte_table: ByteTable, cfg: EvalConfig, ctx: RunContext, seq_len: int, stride: int
 ) -> EvalResult:
     """Bits per byte of `tokens` under sliding windows, split over ranks; every target is scored exactly once, which is asserted.
 
@@ -2555,8 +2632,8 @@ def restore_checkpoint(state: TrainState, cfg: Config, folder: Path, ctx: RunCon
     state.load(ctx.broadcast_tensors(found.get("tensors", {})))
     state.step, state.elapsed, state.stream.position = meta["step"], meta["elapsed"], meta["position"]
     state.model.looping = meta["looping"]
-    before = training_progress(Config.from_dict(meta["config"]), state.step, state.elapsed)
-    progress = training_progress(cfg, state.step, state.elapsed)
+    before = training_progress(Config.from_dict(meta["config"]).train, state.step, state.elapsed)
+    progress = training_progress(cfg.train, state.step, state.elapsed)
     if before >= 1 > progress:
         ctx.log(f"resume: the run was finished; it is extended, and its schedules go back from 100% to {progress:.1%} of the budget")
     ctx.log(f"resume: step {state.step}, {state.elapsed:.1f}s of the budget spent ({path.name})")
@@ -2581,13 +2658,12 @@ MAY_CHANGE = {
 
 def changes_of_course(cfg: Config, before: Mapping) -> list[str]:
     """What differs from the settings a run has had, a line each; refused where the run's course depends on it."""
-    stage = {f.name: f.metadata["stage"] for f in settings()}
     lines = []
     for name, value in cfg.to_dict().items():
         old = before.get(name, value)
         if value == old or name in ("resume", "run_id"):
             continue
-        if name == "seed" or (stage[name] in ("model", "train") and name not in MAY_CHANGE):
+        if name == "seed" or (PART_OF[name] in ("model", "train") and name not in MAY_CHANGE):
             raise UserError(f"{name.upper()}={value}, but the run began with {old}; unset it to continue the run, or choose another RUN_ID")
         lines.append(f"{name.upper()} changes from {old} to {value}")
     return lines
@@ -2633,7 +2709,7 @@ def code_digest() -> str:
 def config_lines(cfg: Config) -> list[str]:
     """Every setting with its value and origin."""
     width = max(len(f.name) for f in settings())
-    return [f"{f.name.upper():<{width}}  {_env_text(getattr(cfg, f.name)):<44}  {cfg.origins.get(f.name, 'default')}" for f in settings()]
+    return [f"{f.name.upper():<{width}}  {_env_text(cfg[f.name]):<44}  {cfg.origins.get(f.name, 'default')}" for f in settings()]
 
 
 def _env_text(value) -> str:
@@ -2656,11 +2732,11 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 GAUSSIAN_ENTROPY_BITS = math.log2(math.sqrt(2 * math.pi * math.e))
 
 
-def estimate_bytes(model: GPT, cfg: Config) -> int:
+def estimate_bytes(model: GPT, cfg: QuantConfig) -> int:
     """Size of the packed weights before training, from MATRIX_BITS, EMBED_BITS and the clips alone (no overrides, no split)."""
     total = 0.0
     clips = {"mlp": cfg.mlp_clip_sigmas, "attn": cfg.attn_clip_sigmas, "embed": cfg.embed_clip_sigmas, "hash": cfg.embed_clip_sigmas}
-    for spec in parameter_table(model, cfg):
+    for spec in parameter_table(model):
         if spec.role == "control":
             total += 2 * spec.param.numel()
             continue
@@ -2671,59 +2747,54 @@ def estimate_bytes(model: GPT, cfg: Config) -> int:
     return int(total)
 
 
+def layer_line(model: GPT, layer: int) -> str:
+    """One layer's kind and what is switched on in it."""
+    cfg, letter = model.cfg, model.cfg.pattern[layer]
+    parts: list[str] = []
+    if letter in ATTENTION_KINDS:
+        windowed = MIXERS[letter].windowed
+        parts += [f"{cfg.num_heads}/{cfg.num_kv_heads} heads x {cfg.head_dim}", f"rope {cfg.rope_dims or cfg.head_dim}/{cfg.head_dim}"]
+        parts += [f"window {cfg.window_size}"] if windowed else []
+        parts += [f"gain {cfg.qk_gain_init:g}"]
+        parts += ["xsa"] * (layer in cfg.layers("xsa_layers")) + ["value embedding"] * (layer in cfg.layers("ve_layers"))
+        parts += ["sink"] * (cfg.attn_sink and not windowed)
+        plain = cfg.attn_gate_max == 2 and cfg.attn_gate_scale == 1
+        gate = f"gate {cfg.attn_gate_width}" + ("" if plain else f" {cfg.attn_gate_max:g}·σ({cfg.attn_gate_scale:g}·)")
+        parts += [gate] if cfg.attn_gate_width else []
+    elif letter == "G":
+        parts += [f"{cfg.gdn_qk_heads} q/k and {cfg.gdn_v_heads} v heads x {cfg.gdn_head_dim}", f"conv {cfg.gdn_conv_size}"]
+        parts += [cfg.gdn_feature_map] + ["output norm"] * cfg.gdn_output_norm
+    owner = cfg.owners[layer]
+    parts += [f"weights of layer {owner}"] if owner != layer else []
+    parts += [("parallel", "two lanes")[model.blocks[layer].lanes - 1]] if model.blocks[layer].parallel else []
+    return f"  {layer:>2} {letter} {LAYER_KINDS[letter]:<15} {', '.join(parts)}"
+
+
 def describe(model: GPT, cfg: Config) -> list[str]:
     """The model as its card would put it."""
-    pattern, owners = cfg.pattern, layer_owners(cfg)
-    xsa = parse_layers(cfg.xsa_layers, len(pattern), "XSA_LAYERS")
-    ve = parse_layers(cfg.ve_layers, len(pattern), "VE_LAYERS")
+    shape, pattern = cfg.model, cfg.model.pattern
     lines = [
-        f"{len(pattern)} layers {pattern}, dim {cfg.model_dim}, vocab {cfg.vocab_size}, tied embeddings, softcap {cfg.logit_softcap:g}"
+        f"{len(pattern)} layers {pattern}, dim {shape.model_dim}, vocab {shape.vocab_size}, tied embeddings, softcap {shape.logit_softcap:g}"
     ]
-    for layer, letter in enumerate(pattern):
-        mixer = MIXERS[letter]
-        if issubclass(mixer, CausalAttention):
-            parts = [f"{cfg.num_heads}/{cfg.num_kv_heads} heads x {cfg.head_dim}", f"rope {cfg.rope_dims or cfg.head_dim}/{cfg.head_dim}"]
-            parts += [f"window {cfg.window_size}"] if mixer.windowed else []
-            parts += [f"gain {cfg.qk_gain_init:g}"]
-            parts += ["xsa"] * (layer in xsa) + ["value embedding"] * (layer in ve)
-            parts += ["sink"] * (cfg.attn_sink and not mixer.windowed)
-            gate = f"gate {cfg.attn_gate_width}" + (
-                "" if cfg.attn_gate_max == 2 and cfg.attn_gate_scale == 1 else f" {cfg.attn_gate_max:g}·σ({cfg.attn_gate_scale:g}·)"
-            )
-            parts += [gate] if cfg.attn_gate_width else []
-        elif mixer is GatedDeltaNet:
-            parts = [
-                f"{cfg.gdn_qk_heads} q/k and {cfg.gdn_v_heads} v heads x {cfg.gdn_head_dim}",
-                f"conv {cfg.gdn_conv_size}",
-                cfg.gdn_feature_map,
-            ]
-            parts += ["output norm"] if cfg.gdn_output_norm else []
-        else:
-            parts = []
-        parts += [f"weights of layer {owners[layer]}"] if owners[layer] != layer else []
-        parts += [("parallel", "two lanes")[model.blocks[layer].lanes - 1]] if model.blocks[layer].parallel else []
-        lines.append(f"  {layer:>2} {letter} {mixer.title:<15} {', '.join(parts)}")
-    lines.append(f"  MLP {cfg.mlp_mult:g}x {cfg.mlp_act}" + (", norm scale 1/sqrt(layer+1)" if cfg.ln_scale else ""))
-    if cfg.bigram_vocab_size:
-        lines.append(
-            f"  hash embedding {cfg.bigram_vocab_size} x {cfg.bigram_dim}, bigrams" + (" and trigrams" if cfg.trigram_hash else "")
-        )
-    if cfg.smear_gate:
-        lines.append("  smear gate" + (" (lambda form, before the norm)" if cfg.smear_form == "lambda" else ""))
-    if cfg.num_loops:
+    lines += [layer_line(model, layer) for layer in range(len(pattern))]
+    lines.append(f"  MLP {shape.mlp_mult:g}x {shape.mlp_act}" + (", norm scale 1/sqrt(layer+1)" if shape.ln_scale else ""))
+    if shape.bigram_vocab_size:
+        grams = "bigrams and trigrams" if shape.trigram_hash else "bigrams"
+        lines.append(f"  hash embedding {shape.bigram_vocab_size} x {shape.bigram_dim}, {grams}")
+    if shape.smear_gate:
+        lines.append("  smear gate" + (" (lambda form, before the norm)" if shape.smear_form == "lambda" else ""))
+    if shape.num_loops:
         order = " ".join(map(str, model.layer_order(True)))
-        lines.append(f"  depth recurrence from {cfg.enable_looping_at:.0%} of the budget: {order}")
-    if cfg.unet_skips:
+        lines.append(f"  depth recurrence from {cfg.train.enable_looping_at:.0%} of the budget: {order}")
+    if shape.unet_skips:
         lines.append(f"  {len(model.skip_weights)} gated U-Net skips")
     roles: dict[str, list[int]] = {}
-    for spec in parameter_table(model, cfg):
+    for spec in parameter_table(model):
         roles.setdefault(f"{spec.role} ({spec.optimizer})", []).append(spec.param.numel())
     for role, sizes in roles.items():
         lines.append(f"  {role:<16} {sum(sizes):>12,} parameters in {len(sizes)} tensors")
-    size = estimate_bytes(model, cfg)
-    lines.append(
-        f"{count_params(model):,} parameters, about {size:,} bytes packed at int{cfg.matrix_bits} (limit {SIZE_LIMIT_BYTES:,} with code)"
-    )
+    packed = f"about {estimate_bytes(model, cfg.quant):,} bytes packed at int{cfg.quant.matrix_bits}"
+    lines.append(f"{count_params(model):,} parameters, {packed} (limit {SIZE_LIMIT_BYTES:,} with code)")
     return lines
 
 
@@ -2732,6 +2803,17 @@ def describe(model: GPT, cfg: Config) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense, by the vendor's datasheets
+
+
+def attach_fake_quantize(model: GPT, cfg: Config) -> None:
+    """Late QAT on the linear layers that QAT_TARGETS names; without effect until `set_qat_strength`."""
+    qat = cfg.train
+    if not qat.late_qat_threshold and not qat.qat_last_frac:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and re.search(qat.qat_targets, name):
+            module.fake_quantize = FakeQuantize(qat.qat_bits, cfg.quant.matrix_clip_sigmas, qat.qat_mode, qat.qat_noise_scale)
+            module.fake_quantize.to(module.weight.device)
 
 
 def set_qat_strength(model: GPT, strength: float) -> None:
@@ -2842,18 +2924,20 @@ class Trainer:
     def __init__(self, cfg: Config, ctx: RunContext, folder: Path):
         self.cfg, self.ctx, self.folder = cfg, ctx, folder
         self._plan()
-        self.byte_table = ByteTable.for_validation(load_tokenizer(cfg.tokenizer_path, cfg.vocab_size), cfg.data_path).to("cpu")
+        self.byte_table = ByteTable.for_validation(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), cfg.run.data_path).to(
+            "cpu"
+        )
         self.made_from = {
-            "tokenizer_sha256": check_tokenizer(cfg.data_path, cfg.tokenizer_path),
-            "train_data_sha256": split_digest(cfg.data_path, "train"),
-            "val_data_sha256": split_digest(cfg.data_path, "val"),
+            "tokenizer_sha256": check_tokenizer(cfg.run.data_path, cfg.run.tokenizer_path),
+            "train_data_sha256": split_digest(cfg.run.data_path, "train"),
+            "val_data_sha256": split_digest(cfg.run.data_path, "val"),
             "code_sha256": code_digest(),
             "batch_tokens": self.batch.tokens,
         }
-        self.val_tokens = load_tokens(cfg.data_path, "val", cfg.vocab_size, cfg.val_tokens)
+        self.val_tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, cfg.train.val_tokens)
         if not self.byte_table.targets(self.val_tokens).sum():  # better found now than after the training
             raise UserError(f"the {len(self.val_tokens)} validation tokens stand for no bytes of text: nothing to score")
-        stream = TokenStream(cfg.data_path, cfg.vocab_size)
+        stream = TokenStream(cfg.run.data_path, cfg.model.vocab_size)
         if self.batch.tokens > stream.total_tokens:
             raise UserError(
                 f"a step takes {self.batch.tokens:,} tokens, but the training shards hold {stream.total_tokens:,}: lower TRAIN_BATCH_TOKENS"
@@ -2861,17 +2945,18 @@ class Trainer:
         self._build(stream)
 
     def _plan(self) -> None:
-        self.batches = {length: plan_batch(self.cfg, self.ctx, length) for length, _ in sequence_lengths(self.cfg)}
-        self.batch = self.batches[sequence_length(self.cfg, 0.0)]
+        self.batches = {length: plan_batch(self.cfg.train, self.ctx, length) for length, _ in self.cfg.train.sequence_lengths}
+        self.batch = self.batches[sequence_length(self.cfg.train, 0.0)]
 
     def _build(self, stream: TokenStream) -> None:
         cfg, ctx = self.cfg, self.ctx
-        torch.manual_seed(cfg.seed)  # run-time draws (QAT noise); every rank the same
+        torch.manual_seed(cfg.run.seed)  # run-time draws (QAT noise); every rank the same
         model = build_model(cfg, ctx.device)
-        ema = [param.detach().clone() for param in model.parameters()] if cfg.ema_decay else []
-        self.state = TrainState(model, Optimizers(model, cfg, ctx), stream, ema)
-        compiled = compile_mode(cfg, ctx.device) != "0"
-        self.micro_step = MicroStep(model, maybe_compile(model), ctx.device.type == "cuda" and compiled and cfg.cuda_graphs)
+        attach_fake_quantize(model, cfg)
+        ema = [param.detach().clone() for param in model.parameters()] if cfg.train.ema_decay else []
+        compiled = compile_mode(cfg.run, ctx.device) != "0"
+        self.state = TrainState(model, Optimizers(model, cfg.train, ctx, compiled), stream, ema)
+        self.micro_step = MicroStep(model, maybe_compile(model, cfg.run), ctx.device.type == "cuda" and compiled and cfg.run.cuda_graphs)
         self.in_flight: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
         self.last_loss = float("nan")
         self.qat = False
@@ -2900,7 +2985,8 @@ class Trainer:
             self.undo_step(generators)
             return None
         self.between_steps = False
-        state.optimizers.step(lr_scale(self.cfg, progress), muon_momentum(self.cfg, progress), wd_scale(self.cfg, progress))
+        cfg = self.cfg.train
+        state.optimizers.step(lr_scale(cfg, progress), muon_momentum(cfg, progress), wd_scale(cfg, progress))
         state.stream.advance(self.batch.tokens)
         state.step += 1
         self.between_steps = True
@@ -2916,7 +3002,7 @@ class Trainer:
             first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
             inputs, targets = state.stream.sequences(first, batch.per_micro, batch.row_tokens, self.ctx.device)
             boundaries = None
-            if self.cfg.document_mask and "fa4" in (state.model.kernels.full, state.model.kernels.windowed):
+            if self.cfg.model.document_mask and "fa4" in (state.model.kernels.full, state.model.kernels.windowed):
                 boundaries = state.stream.boundaries(first, batch.per_micro, batch.row_tokens, self.ctx.device, batch.span)
             loss += self.micro_step(inputs, targets, boundaries, batch.span, batch.accumulation)
         return loss
@@ -2929,13 +3015,13 @@ class Trainer:
     def set_phase(self, progress: float) -> None:
         """Switch sequence length, depth recurrence and QAT when their time has come."""
         model, cfg = self.state.model, self.cfg
-        if (length := sequence_length(cfg, progress)) != self.batch.seq_len:
+        if (length := sequence_length(cfg.train, progress)) != self.batch.seq_len:
             self.batch = self.batches[length]
             self.ctx.log(f"step:{self.state.step} {self.batch}")
-        if cfg.num_loops and not model.looping and progress >= cfg.enable_looping_at:
+        if cfg.model.num_loops and not model.looping and progress >= cfg.train.enable_looping_at:
             model.looping = True
             self.ctx.log(f"step:{self.state.step} depth recurrence on: layers {' '.join(map(str, model.layer_order(True)))}")
-        if (active := qat_active(cfg, progress)) != self.qat:
+        if (active := qat_active(cfg.train, progress)) != self.qat:
             self.qat = active
             self.ctx.log(f"step:{self.state.step} QAT {'on' if active else 'off'}")
             set_qat_strength(model, float(active))
@@ -2943,14 +3029,14 @@ class Trainer:
     def compile_warmup(self) -> None:
         """Compile and tune every graph before the clock starts, on training tokens, then put everything back as it was."""
         cfg, state = self.cfg, self.state
-        if not cfg.warmup_steps or compile_mode(cfg, self.ctx.device) == "0":
+        if not cfg.train.warmup_steps or compile_mode(cfg.run, self.ctx.device) == "0":
             return
         began = time.perf_counter()
         kept = {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
         place, looping, batch = (state.step, state.elapsed, state.stream.position), state.model.looping, self.batch
         for length, recurrent in training_graphs(cfg):
             self.batch, state.model.looping = self.batches[length], recurrent
-            for _ in range(cfg.warmup_steps):
+            for _ in range(cfg.train.warmup_steps):
                 if self.agree(0.0)[1]:
                     break  # the loop that follows leaves before its first step
                 self.run_step(0.0)
@@ -2961,7 +3047,9 @@ class Trainer:
         self.synchronize()
         if self.ctx.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.ctx.log(f"compile warmup: {cfg.warmup_steps} steps a graph, undone; {time.perf_counter() - began:.1f}s outside the clock")
+        self.ctx.log(
+            f"compile warmup: {cfg.train.warmup_steps} steps a graph, undone; {time.perf_counter() - began:.1f}s outside the clock"
+        )
 
     def synchronize(self) -> None:
         if self.ctx.device.type == "cuda":
@@ -3012,11 +3100,11 @@ class Trainer:
 
     def validate(self, label: str) -> EvalResult:
         """Score the float weights as they would be saved: without what QAT imitates, and without the random numbers it draws."""
-        cfg, seq = self.cfg, self.cfg.train_seq_len
+        cfg, seq = self.cfg, self.cfg.train.train_seq_len
         generators = random_state(self.ctx.device)
         set_qat_strength(self.state.model, 0.0)
         try:
-            result = evaluate(self.state.model, self.val_tokens, self.byte_table, cfg, self.ctx, seq, seq)
+            result = evaluate(self.state.model, self.val_tokens, self.byte_table, cfg.eval, self.ctx, seq, seq)
         finally:
             set_qat_strength(self.state.model, float(self.qat))
             set_random_state(generators)  # QAT's noise was drawn, times zero: how often one validates must not show in the weights
@@ -3028,7 +3116,7 @@ class Trainer:
     def report(self, progress: float, tokens_per_second: float) -> None:
         state, cfg = self.state, self.cfg
         total = max(state.step, round(state.step / progress)) if progress else 0
-        values = {"train_loss": self.last_loss, "lr": lr_scale(cfg, progress), "tokens_per_second": tokens_per_second}
+        values = {"train_loss": self.last_loss, "lr": lr_scale(cfg.train, progress), "tokens_per_second": tokens_per_second}
         line = f"step:{state.step}/{total} train_loss:{self.last_loss:.4f} lr:{values['lr']:.2f} tok/s:{_si(tokens_per_second)}"
         if self.ctx.device.type == "cuda":
             name = torch.cuda.get_device_name(self.ctx.device)
@@ -3063,8 +3151,8 @@ class Trainer:
         cfg, saved, now = self.cfg, self.saved, time.monotonic()
         if saved.retry_at is not None:
             return now >= saved.retry_at
-        by_steps = cfg.checkpoint_every and self.state.step % cfg.checkpoint_every == 0
-        return bool(by_steps or (cfg.checkpoint_seconds and now - saved.at >= cfg.checkpoint_seconds))
+        by_steps = cfg.train.checkpoint_every and self.state.step % cfg.train.checkpoint_every == 0
+        return bool(by_steps or (cfg.train.checkpoint_seconds and now - saved.at >= cfg.train.checkpoint_seconds))
 
     def rescue(self, error: Exception) -> None:
         """A step has failed: the state before it is whole, and saved (rank 0) before the fault ends the run."""
@@ -3072,7 +3160,7 @@ class Trainer:
             return
         try:
             if path := self.checkpoint():
-                self.ctx.log(f"step {self.state.step + 1} failed: saved {path}; RESUME=1 RUN_ID={self.cfg.run_id} continues")
+                self.ctx.log(f"step {self.state.step + 1} failed: saved {path}; RESUME=1 RUN_ID={self.cfg.run.run_id} continues")
         except Exception as second:  # a device that no longer answers; the first fault is the one to show
             self.ctx.log(f"step {self.state.step + 1} failed, and so did saving the state before it: {one_line(second)}")
 
@@ -3082,7 +3170,7 @@ class Trainer:
         self.ctx.barrier()
         kept = f"saved {path}" if path else f"NOT saved; last checkpoint: {next(iter(list_checkpoints(self.folder)), 'none')}"
         self.ctx.log(
-            f"stopped by {signal.Signals(number).name} at step {self.state.step}; {kept}; RESUME=1 RUN_ID={self.cfg.run_id} continues"
+            f"stopped by {signal.Signals(number).name} at step {self.state.step}; {kept}; RESUME=1 RUN_ID={self.cfg.run.run_id} continues"
         )
         return 128 + number
 
@@ -3097,7 +3185,9 @@ class Trainer:
 
         while fault := self.ctx.on_main(attempt):
             if checkpoint:
-                raise UserError(f"{fault}; the finished weights are in {checkpoint}: RESUME=1 RUN_ID={self.cfg.run_id} goes on from there")
+                raise UserError(
+                    f"{fault}; the finished weights are in {checkpoint}: RESUME=1 RUN_ID={self.cfg.run.run_id} goes on from there"
+                )
             if number := self.agree(0.0)[1]:
                 raise UserError(f"{fault}; given up by {signal.Signals(number).name}: the trained weights are lost")
             self.ctx.log(f"warning: {fault}; the finished weights are in memory only: trying again every {RETRY_SECONDS:g} s, make room")
@@ -3114,7 +3204,9 @@ class Trainer:
                 self.ctx.barrier()
                 return self._run()
             except Stopped as stop:
-                self.ctx.log(f"stopped by {stop} in the final validation; RESUME=1 RUN_ID={self.cfg.run_id} goes on from {self.saved.path}")
+                self.ctx.log(
+                    f"stopped by {stop} in the final validation; RESUME=1 RUN_ID={self.cfg.run.run_id} goes on from {self.saved.path}"
+                )
                 return 128 + stop.number
 
     def check_same_run(self) -> None:
@@ -3141,25 +3233,25 @@ class Trainer:
         first_step = mark_step = state.step
         mark_time, warned = state.elapsed, False
         self.saved.at = time.monotonic()
-        progress = before = training_progress(cfg, state.step, state.elapsed)
-        if cfg.val_loss_every and state.step == 0 and not self.agree(0.0)[1]:
+        progress = before = training_progress(cfg.train, state.step, state.elapsed)
+        if cfg.train.val_loss_every and state.step == 0 and not self.agree(0.0)[1]:
             pause = time.perf_counter()
             self.validate("start")
             paused += time.perf_counter() - pause
         while True:
             self.settle(1 if ctx.device.type == "cuda" else 0)
             state.elapsed, signal_number = self.agree(spent + time.perf_counter() - began - paused)
-            before, progress = progress, max(progress, training_progress(cfg, state.step, state.elapsed))
-            if cfg.ema_decay and state.step > first_step:
+            before, progress = progress, max(progress, training_progress(cfg.train, state.step, state.elapsed))
+            if cfg.train.ema_decay and state.step > first_step:
                 params = [param.data for param in state.model.parameters()]
-                torch._foreach_lerp_(state.ema, params, 1 - ema_decay(cfg, progress - before))
+                torch._foreach_lerp_(state.ema, params, 1 - ema_decay(cfg.train, progress - before))
             if signal_number:
                 return self.stopped(signal_number)
             done = progress >= 1
             if ctx.is_main and state.step > first_step and not done and self.checkpoint_due() and (path := self.checkpoint()):
                 ctx.log(f"step:{state.step} checkpoint {path}")
             steps_taken = state.step - mark_step
-            if steps_taken and (state.step % cfg.train_log_every == 0 or done or state.step - first_step in (1, 2, 5, 10, 20, 50)):
+            if steps_taken and (state.step % cfg.train.train_log_every == 0 or done or state.step - first_step in (1, 2, 5, 10, 20, 50)):
                 self.settle(0)
                 self.report(progress, steps_taken * tokens_a_step / max(1e-9, state.elapsed - mark_time))
                 mark_step, mark_time = state.step, state.elapsed
@@ -3169,7 +3261,7 @@ class Trainer:
                     ctx.log(f"warning: {warning}")
             if done:
                 break
-            if cfg.val_loss_every and state.step > first_step and state.step % cfg.val_loss_every == 0:
+            if cfg.train.val_loss_every and state.step > first_step and state.step % cfg.train.val_loss_every == 0:
                 pause = time.perf_counter()
                 self.settle(0)
                 try:
@@ -3207,8 +3299,8 @@ class Trainer:
         with self.stop.at_once() if checkpoint else contextlib.nullcontext():
             raw = self.validate("raw")
             with state.averaged_weights():
-                result = self.validate("ema") if cfg.ema_decay else raw
-                if cfg.ema_decay and result.val_bpb > raw.val_bpb + 0.02:
+                result = self.validate("ema") if cfg.train.ema_decay else raw
+                if cfg.train.ema_decay and result.val_bpb > raw.val_bpb + 0.02:
                     ctx.log(
                         f"warning: the EMA scores {result.val_bpb - raw.val_bpb:.3f} bpb worse than the raw weights: EMA_DECAY does not fit"
                     )
@@ -3256,12 +3348,14 @@ MACHINE_SETTINGS = ("data_path", "tokenizer_path", "runs_dir")
 def resolve_run(environ: Mapping[str, str]) -> Config:
     """`resolve_config` for training: a resumed run starts from its own settings, the environment on top."""
     where = resolve_config({name: environ[name] for name in ("RESUME", "RUN_ID", "RUNS_DIR") if name in environ})
-    if not where.resume:
+    if not where.run.resume:
         return resolve_config(environ)
-    if not where.run_id:
+    if not where.run.run_id:
         raise UserError("RESUME=1 needs RUN_ID: which run is to go on?")
-    base = run_settings(Path(where.runs_dir) / where.run_id)
-    return resolve_config(environ, base={**base, "resume": True, "run_id": where.run_id, "runs_dir": where.runs_dir} if base else None)
+    base = run_settings(Path(where.run.runs_dir) / where.run.run_id)
+    return resolve_config(
+        environ, base={**base, "resume": True, "run_id": where.run.run_id, "runs_dir": where.run.runs_dir} if base else None
+    )
 
 
 def share_config(cfg: Config, ctx: RunContext) -> Config:
@@ -3279,7 +3373,7 @@ def share_config(cfg: Config, ctx: RunContext) -> Config:
 def take_folder(folder: Path, cfg: Config, ownership: contextlib.ExitStack) -> bool:
     """Own the run's folder as long as `ownership` is open; whether a run is in it already, which is refused unless it is to go on."""
     ownership.enter_context(run_lock(folder))
-    if (started := run_started(folder)) and not cfg.resume:
+    if (started := run_started(folder)) and not cfg.run.resume:
         raise UserError(f"{folder} already holds a run; RESUME=1 continues it, or choose another RUN_ID")
     return started
 
@@ -3295,7 +3389,7 @@ def is_finished(folder: Path, cfg: Config) -> bool:
         if checkpoints:
             return False
         raise
-    done = training_progress(cfg, meta["steps"], meta["train_seconds"]) >= 1
+    done = training_progress(cfg.train, meta["steps"], meta["train_seconds"]) >= 1
     if not done and not checkpoints:
         raise UserError(f"{folder} is finished, and its last checkpoint is gone: it cannot be extended")
     return done and not (checkpoints and checkpoints[0].stem > f"step_{meta['steps']:07d}")
@@ -3305,7 +3399,7 @@ def banner(trainer: Trainer) -> None:
     """What a reader of the log needs to repeat the run."""
     cfg, ctx, model, batch = trainer.cfg, trainer.ctx, trainer.state.model, trainer.batch
     device = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
-    ctx.log(f"run {cfg.run_id}: {ctx.world_size} x {device}, torch {torch.__version__}, python {sys.version.split()[0]}")
+    ctx.log(f"run {cfg.run.run_id}: {ctx.world_size} x {device}, torch {torch.__version__}, python {sys.version.split()[0]}")
     for line in config_lines(cfg):
         if not line.endswith("  default"):
             ctx.log(f"  {line}")
@@ -3316,10 +3410,10 @@ def banner(trainer: Trainer) -> None:
     ctx.log(f"batch: {batch}, {batch.per_micro} rows a micro-batch, {batch.accumulation} micro-batches on each of {ctx.world_size} ranks")
     stream = trainer.state.stream
     ctx.log(f"data: {stream.total_tokens:,} training tokens in {len(stream.paths)} shards, {len(trainer.val_tokens):,} validation tokens")
-    if unread := unread_files(cfg.data_path):
-        ctx.log(f"warning: {cfg.data_path}: not named like shards, and not read: {', '.join(unread)}")
+    if unread := unread_files(cfg.run.data_path):
+        ctx.log(f"warning: {cfg.run.data_path}: not named like shards, and not read: {', '.join(unread)}")
     ctx.metric(
-        "start", run_id=cfg.run_id, world_size=ctx.world_size, device=device, torch=torch.__version__, parameters=count_params(model)
+        "start", run_id=cfg.run.run_id, world_size=ctx.world_size, device=device, torch=torch.__version__, parameters=count_params(model)
     )
 
 
@@ -3348,9 +3442,9 @@ class Benchmark(Trainer):
     STEPS = 10
 
     def __init__(self, cfg: Config, ctx: RunContext):
-        self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.runs_dir)
+        self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.run.runs_dir)
         self._plan()
-        self._build(SyntheticStream(cfg.vocab_size, 2 * self.batch.tokens + 1))
+        self._build(SyntheticStream(cfg.model.vocab_size, 2 * self.batch.tokens + 1))
 
     def run(self) -> dict:
         cfg, ctx, model = self.cfg, self.ctx, self.state.model
@@ -3366,11 +3460,11 @@ class Benchmark(Trainer):
         report = {
             "preset": os.environ.get("PRESET", ""), "device": device, "world_size": ctx.world_size, "torch": torch.__version__,
             "triton": kernels.triton.__version__ if kernels.triton else None, "kernels": dataclasses.asdict(model.kernels),
-            "compile": compile_mode(cfg, ctx.device), "tokens_a_step": tokens, "micro_batch_tokens": self.batch.per_micro * self.batch.row_tokens,
+            "compile": compile_mode(cfg.run, ctx.device), "tokens_a_step": tokens, "micro_batch_tokens": self.batch.per_micro * self.batch.row_tokens,
             "parameters": count_params(model), "first_step_seconds": first_step,
             "peak_flops": peak, "phases": {},
         }  # fmt: skip
-        for looping, batch in itertools.product([False, True] if cfg.num_loops else [False], self.batches.values()):
+        for looping, batch in itertools.product([False, True] if cfg.model.num_loops else [False], self.batches.values()):
             model.looping, self.batch = looping, batch
             for _ in range(2):
                 self.run_step(0.0)
@@ -3413,7 +3507,7 @@ class Benchmark(Trainer):
             collect(whole, lambda: self.run_step(0.0))
         finally:
             optimizers.step = update
-        collect(outside, lambda: update(0.0, self.cfg.muon_momentum))
+        collect(outside, lambda: update(0.0, self.cfg.train.muon_momentum))
         totals = dict.fromkeys(("attention", "MLP", "head and loss", "mixers", "norms and residual", "optimizer", "rest"), 0.0)
         totals["optimizer"] = sum(outside.values())
         for (name, shapes), spent in whole.items():
@@ -3422,7 +3516,7 @@ class Benchmark(Trainer):
         return {"parts_ms": totals, "operations": costliest}
 
     def part_of(self, name: str, shapes: str) -> str:
-        cfg, sizes = self.cfg, set(map(int, re.findall(r"\d+", shapes)))
+        cfg, sizes = self.cfg.model, set(map(int, re.findall(r"\d+", shapes)))
         if name.startswith("golf::mlp") or (int(cfg.mlp_mult * cfg.model_dim) in sizes and name.startswith("aten::")):
             return "MLP"
         if name.startswith("golf::softcap") or "softmax" in name or (cfg.vocab_size in sizes and name.startswith("aten::")):
@@ -3467,16 +3561,16 @@ def main() -> int:
         return 0
     if "--describe" in arguments:
         with torch.device("meta"):  # shapes alone: no weights are drawn
-            model = GPT(cfg)
+            model = GPT(cfg.model)
         print("\n".join(describe(model, cfg)))
         return 0
-    ctx = setup_distributed(cfg.device)
+    ctx = setup_distributed(cfg.run.device)
     if "--bench" in arguments:
         benchmark = Benchmark(cfg, ctx)
         report = benchmark.run()
         ctx.log("\n".join(benchmark.table(report)))
         if ctx.is_main:
-            path = Path(cfg.runs_dir) / f"bench-{cfg.run_id or new_run_id(os.environ.get('PRESET', ''))}.json"
+            path = Path(cfg.run.runs_dir) / f"bench-{cfg.run.run_id or new_run_id(os.environ.get('PRESET', ''))}.json"
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(report, indent=1))
             ctx.log(f"-> {path}")
@@ -3495,10 +3589,10 @@ def main() -> int:
 
 def train(cfg: Config, ctx: RunContext) -> int:
     """The run that the settings ask for, new or resumed, to its end. Returns the exit code."""
-    if not cfg.run_id:
-        cfg = dataclasses.replace(cfg, run_id=new_run_id(os.environ.get("PRESET", "")))
+    if not cfg.run.run_id:
+        cfg = cfg.replace(run_id=new_run_id(os.environ.get("PRESET", "")))
     cfg = share_config(cfg, ctx)
-    folder = Path(cfg.runs_dir) / cfg.run_id
+    folder = Path(cfg.run.runs_dir) / cfg.run.run_id
     with contextlib.ExitStack() as ownership:
         started = ctx.on_main(lambda: run_started(folder) and take_folder(folder, cfg, ownership))
         if started and ctx.on_main(lambda: is_finished(folder, cfg)):
@@ -3511,10 +3605,10 @@ def train(cfg: Config, ctx: RunContext) -> int:
         for warning in near_misses(os.environ):
             ctx.log(f"warning: {warning}")
         banner(trainer)
-        if cfg.resume and os.environ.get("PRESET") and started:
+        if cfg.run.resume and os.environ.get("PRESET") and started:
             ctx.log(f"resume: PRESET={os.environ['PRESET']} is not read again: the run's own settings hold")
-        if cfg.resume and (path := restore_checkpoint(trainer.state, cfg, folder, ctx, trainer.made_from)):
-            if training_progress(cfg, trainer.state.step, trainer.state.elapsed) >= 1:  # only validating is left
+        if cfg.run.resume and (path := restore_checkpoint(trainer.state, cfg, folder, ctx, trainer.made_from)):
+            if training_progress(cfg.train, trainer.state.step, trainer.state.elapsed) >= 1:  # only validating is left
                 trainer.saved = Saved(trainer.state.step, path)
         if ctx.is_main:
             write_json(folder / "config.json", {"config": cfg.to_dict(), "origins": cfg.origins})

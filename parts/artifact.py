@@ -20,7 +20,7 @@ from data.shards import load_tokenizer
 from parts import packing
 from parts.files import UserError
 from parts.packing import Record
-from train_gpt import GPT, Config, build_model, load_weights, resolve_config
+from train_gpt import GPT, Config, ModelConfig, build_model, load_weights, resolve_config
 
 
 def dequantize(record: Record) -> Tensor:
@@ -78,7 +78,7 @@ class Artifact:
     bytes_model: int
 
 
-def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, without allocating any. Raises UserError for a configuration that makes no model."""
     if len(cfg.pattern) > 1024:
         raise UserError(f"LAYER_PATTERN has {len(cfg.pattern)} layers")
@@ -87,6 +87,11 @@ def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
             return {name: tuple(param.shape) for name, param in GPT(cfg).named_parameters()}
     except (RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"this configuration makes no model: {error}") from None
+
+
+def artifact_settings(cfg: Config) -> dict:
+    """What an artifact says of its configuration: the model, how it is evaluated and on which text, the length it was trained at."""
+    return {**cfg.to_dict("model", "eval"), **{name: cfg[name] for name in ("train_seq_len", "data_path", "tokenizer_path", "seed")}}
 
 
 def load_artifact(path: str | Path, device: torch.device | str = "cpu", check_tokenizer: bool = True) -> Artifact:
@@ -106,15 +111,15 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu", check_to
         raise UserError(f"{path}: its header lacks the configuration")
     cfg = resolve_config(os.environ, base=meta["config"])
     try:
-        shapes = parameter_shapes(cfg)
+        shapes = parameter_shapes(cfg.model)
         packing.check_plan(header.get("tensors"), max_elements=4 * sum(map(math.prod, shapes.values())) + (1 << 20))
         weights = restore_weights(packing.decode_records(header["tensors"], header.get("streams"), payload), shapes)
     except (ValueError, UserError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
     if check_tokenizer:
-        load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-        if shards.check_tokenizer(cfg.data_path, cfg.tokenizer_path) != meta.get("tokenizer_sha256"):
-            raise UserError(f"{path} was made with another tokenizer than TOKENIZER_PATH={cfg.tokenizer_path}")
+        load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
+        if shards.check_tokenizer(cfg.run.data_path, cfg.run.tokenizer_path) != meta.get("tokenizer_sha256"):
+            raise UserError(f"{path} was made with another tokenizer than TOKENIZER_PATH={cfg.run.tokenizer_path}")
     model = build_model(cfg, device)
     load_weights(model, weights)
     model.looping = meta["looping"]

@@ -324,7 +324,7 @@ class Reach:
                     self._reach(module, name)
                     if target:
                         self._reach_attribute(target, child.attr)
-            elif name in _DYNAMIC_NAMES and name not in module.defined:
+            elif name in _DYNAMIC_NAMES - module.defined and isinstance(child.ctx, ast.Load):  # not the field of `eval: EvalConfig`
                 self._refuse(module, child, f"uses {name}")
             else:
                 self._reach(module, name)

@@ -1,6 +1,6 @@
 """Experts: full next-token distributions made from already-scored tokens, and mixers that combine them validly.
 
-    mixture = ExpertMixture(ExpertConfig(names=("tilt", "ngram", "entropy")), vocab_size=1024)
+    mixture = ExpertMixture(ExpertConfig(experts="tilt,ngram,entropy"), vocab_size=1024)
     for block in blocks:                                     # left to right
         prediction = mixture.predict(logits, contexts)       # sees the strict past only; nothing is updated
         p = prediction.probs(targets[:, None])               # score ... `probs(all tokens)` is the full distribution
@@ -21,12 +21,13 @@ ids, most recent first, padded with V before the stream's start. Probabilities a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from train_gpt import ExpertConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sorted key index: int64 key -> dense id
@@ -496,6 +497,7 @@ class Tilt:
 TRANSFORMS = ("tilt", "temperature", "calibration")  # re-shape the neural distribution, in this order
 MEMBERS = ("ngram", "cache", "unigram", "bigram", "trigram", "entropy")  # stand beside it in the mixture
 EXPERTS = TRANSFORMS + MEMBERS
+CALIBRATION_PRIOR = 16.0  # pseudo-observations of each token that say f_emp = f_pred
 
 # What makes two positions alike to the mixer.
 ORDER_GROUPS = (0, 1, 2, 3, 4, 4, 5, 5, 5)  # by length of the longest context seen
@@ -504,34 +506,6 @@ BIN_EDGES = {
     "entropy": (0.02, 0.06, 0.12, 0.2, 0.3, 0.42),  # of the model, as a fraction of ln V
     "belief": (0.05, 0.3, 0.7),  # the model's probability of that context's most frequent successor
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertConfig:
-    """Everything the mixture can be told. Defaults are card E's where it has them."""
-
-    names: tuple[str, ...] = ()
-    mixer: str = "context"  # one of MIXERS
-    max_order: int = 9  # longest n-gram (context of max_order - 1 tokens)
-    max_contexts: int = 1 << 25  # bound of known contexts over all orders
-    smoothing: str = "kneser_ney"  # one of SMOOTHINGS
-    hedge_eta: float = 0.1
-    hedge_share: float = 1e-3  # only mixer fixed_share
-    temperature: float = 0.15  # T = 1 - this * (1 - H / ln V)
-    calibration_clamp: float = 2.0  # bias = clamp(ln(f_emp / f_pred), +-this)
-    calibration_momentum: float = 0.999
-    calibration_prior: float = 16.0  # pseudo-observations of each token that say f_emp = f_pred
-    tilt_beta: float = 0.0  # 0: learned online, by order, count and share of the hint
-    tilt_order: int = 2  # order of the hinting n-gram; 0: all of them
-    min_count: int = 2  # a context seen less often is not "found" by the gated cache
-    report: bool = True  # also mix each member with the neural distribution alone, to know what it gains
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.names if name not in EXPERTS]
-        if unknown:
-            raise ValueError(f"unknown expert {unknown[0]!r}; choose from {', '.join(EXPERTS)}")
-        if self.mixer not in MIXERS or self.smoothing not in SMOOTHINGS:
-            raise ValueError(f"mixer {self.mixer!r} not in {MIXERS} or smoothing {self.smoothing!r} not in {SMOOTHINGS}")
 
 
 def order_adaptive_alpha(entropy: Tensor, order: Tensor, low: int = 2, high: int = 9) -> Tensor:
@@ -551,28 +525,28 @@ class ExpertMixture:
     rank as long as every rank calls `update` with the same block.
     """
 
-    def __init__(self, config: ExpertConfig, vocab_size: int, device: torch.device | str = "cpu"):
-        self.config, self.vocab_size, self.device = config, vocab_size, torch.device(device)
-        self.transforms = tuple(name for name in TRANSFORMS if name in config.names)
+    def __init__(self, cfg: ExpertConfig, vocab_size: int, device: torch.device | str = "cpu"):
+        self.cfg, self.vocab_size, self.device = cfg, vocab_size, torch.device(device)
+        self.transforms = tuple(name for name in TRANSFORMS if name in cfg.expert_names)
         # The untouched model stays a member, so that a transform that hurts can be voted down.
         untouched = ("model",) if self.transforms else ()
-        self.members = ("neural", *untouched, *[name for name in MEMBERS if name in config.names])
-        self.history = NgramHistory(vocab_size, config.max_order, config.max_contexts, device=device)
+        self.members = ("neural", *untouched, *[name for name in MEMBERS if name in cfg.expert_names])
+        self.history = NgramHistory(vocab_size, cfg.ngram_order, cfg.ngram_max_contexts, device=device)
         self.updates = 0
         self.num_bins = (max(ORDER_GROUPS) + 1) * math.prod(len(BIN_EDGES[name]) + 1 for name in ("count", "entropy", "belief"))
         self.mixer = self._make_mixer(len(self.members))
         # What one member alone would gain: a two-member mixture of the same kind, neural + it.
-        self.pairs = self.members[1:] if config.report else ()
+        self.pairs = self.members[1:] if cfg.expert_report else ()
         self.pair_mixer = self._make_mixer(2, len(self.pairs)) if self.pairs else None
         self.order_groups = torch.tensor(ORDER_GROUPS, device=device)
         self.edges = {name: torch.tensor(edges, device=device) for name, edges in BIN_EDGES.items()}
-        self.tilt = Tilt(self.history, config.tilt_order, config.tilt_beta, self.device)
+        self.tilt = Tilt(self.history, cfg.tilt_order, cfg.tilt_beta, self.device)
         self.empirical = torch.zeros(vocab_size, dtype=torch.float64, device=device)
         self.predicted = torch.zeros(vocab_size, dtype=torch.float64, device=device)
 
     @property
     def context_length(self) -> int:
-        return self.config.max_order - 1
+        return self.cfg.ngram_order - 1
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -581,16 +555,16 @@ class ExpertMixture:
         return ("final", *ladder, *self.members, *(f"neural|{name}" for name in self.pairs))
 
     def _make_mixer(self, members: int, groups: int = 1) -> HedgeMixer | ContextMixer:
-        if self.config.mixer == "context":
+        if self.cfg.expert_mixer == "context":
             return ContextMixer(members, self.num_bins, groups=groups, device=self.device)
-        share = self.config.hedge_share if self.config.mixer == "fixed_share" else 0.0
-        return HedgeMixer(members, self.config.hedge_eta, share, groups, device=self.device)
+        share = self.cfg.hedge_share if self.cfg.expert_mixer == "fixed_share" else 0.0
+        return HedgeMixer(members, self.cfg.hedge_eta, share, groups, device=self.device)
 
     def calibration_bias(self) -> Tensor:
         """Logit bias [V]: clamp(ln(f_emp / f_pred)) of exponentially averaged frequencies, shrunk towards 0 for rare tokens."""
-        c = self.config
-        bias = torch.log((self.empirical + c.calibration_prior) / (self.predicted + c.calibration_prior))
-        return bias.clamp(-c.calibration_clamp, c.calibration_clamp).float()
+        cfg = self.cfg
+        bias = torch.log((self.empirical + CALIBRATION_PRIOR) / (self.predicted + CALIBRATION_PRIOR))
+        return bias.clamp(-cfg.calibration_clamp, cfg.calibration_clamp).float()
 
     @torch.no_grad()
     def predict(self, logits: Tensor, contexts: Tensor, rows: Tensor | None = None) -> Prediction:
@@ -616,11 +590,11 @@ class ExpertMixture:
         if len(tilted):
             self.tilt.learn(tilted)
         if "calibration" in self.transforms:
-            decay = self.config.calibration_momentum ** (targets.numel() / 64)  # the momentum is one of 64-token strides
+            decay = self.cfg.calibration_momentum ** (targets.numel() / 64)  # the momentum is one of 64-token strides
             seen = torch.zeros_like(self.empirical).index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
             self.empirical.mul_(decay).add_(seen)
             self.predicted.mul_(decay).add_(mass)
-        if self.config.names:
+        if self.cfg.expert_names:
             self.history.update(prediction.block_contexts, targets, prediction.block_nodes)
         self.updates += 1
 
@@ -632,7 +606,7 @@ class Prediction:
     """
 
     def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor, rows: Tensor | None = None):
-        config, history = mixture.config, mixture.history
+        cfg, history = mixture.cfg, mixture.history
         self.mixture = mixture
         self.updates_before = mixture.updates
         self.block_contexts, self.block_nodes = contexts, history.nodes(contexts)
@@ -647,14 +621,14 @@ class Prediction:
                 self.hints = mixture.tilt.hints(self.nodes, log_p)
                 ladder.append(mixture.tilt.apply(log_p, self.hints))
             elif name == "temperature":  # sharper where the model is sure: T = 1 - s (1 - H / ln V)
-                t = 1 - config.temperature * (1 - entropy / math.log(mixture.vocab_size))
+                t = 1 - cfg.temperature_strength * (1 - entropy / math.log(mixture.vocab_size))
                 ladder.append((ladder[-1] / t[:, None]).log_softmax(-1))
             elif name == "calibration":
                 ladder.append((ladder[-1] + mixture.calibration_bias()).log_softmax(-1))
         self.ladder = ladder
         # The entropy expert: the neural distribution flattened towards uniform, the more the less sure it is.
         self.flatten = (entropy / math.log(mixture.vocab_size)).clamp(0, 1)[:, None]
-        self.bins = self._context_bins() if config.mixer == "context" else torch.zeros_like(self.nodes[:, 0])
+        self.bins = self._context_bins() if cfg.expert_mixer == "context" else torch.zeros_like(self.nodes[:, 0])
         self.weights = mixture.mixer.weights(self.bins)[0]
 
     def _context_bins(self) -> Tensor:
@@ -671,7 +645,7 @@ class Prediction:
 
     def member_probs(self, candidates: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
         """Every member's probabilities [n, m, E] of candidate tokens [n, m], or of all (None), at the (selected) positions."""
-        mixture, config = self.mixture, self.mixture.config
+        mixture, cfg = self.mixture, self.mixture.cfg
 
         def of(log_p: Tensor) -> Tensor:
             return (log_p[rows] if candidates is None else log_p[rows].gather(1, candidates)).exp()
@@ -686,11 +660,11 @@ class Prediction:
         if mixture.updates != self.updates_before:
             raise RuntimeError("a prediction was asked for probabilities after its block had been counted")
         if set(mixture.members) & {"ngram", "cache", "unigram", "bigram", "trigram"}:
-            slices = mixture.history.probs(self.nodes[rows], candidates, config.smoothing)
-            last = config.max_order - 1
+            slices = mixture.history.probs(self.nodes[rows], candidates, cfg.ngram_smoothing)
+            last = cfg.ngram_order - 1
             columns["ngram"] = slices[:, last]
             if "cache" in mixture.members:
-                found = mixture.history.matched_order(self.nodes[rows], config.min_count)
+                found = mixture.history.matched_order(self.nodes[rows], cfg.cache_min_count)
                 alpha = order_adaptive_alpha(self.entropy[rows], found + 1)[:, None]
                 columns["cache"] = (1 - alpha) * neural + alpha * slices[:, last]
             for k, name in enumerate(("unigram", "bigram", "trigram")):

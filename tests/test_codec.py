@@ -175,7 +175,7 @@ KINDS = {
 def lockstep(streams: Streams, **settings) -> Lockstep:
     cfg = config(**settings)
     model = randomized(cfg)
-    model.looping = bool(cfg.num_loops)
+    model.looping = bool(cfg.model.num_loops)
     return Lockstep(model, cfg, byte_table(), RunContext(), streams)
 
 
@@ -256,7 +256,7 @@ def artifact(dataset, tmp_path_factory):
     settings = {**dataset.settings, "TTT_CHUNK_TOKENS": "96", "EVAL_SEQ_LEN": "48", "EXPERTS": "tilt,ngram", "CODEC_STREAMS": "3"}
     cfg = resolve_config({**settings, "DEVICE": "cpu"})
     records = [Record(name, "half", value.detach().numpy().astype(np.float16)) for name, value in randomized(cfg).named_parameters()]
-    header = {"config": cfg.to_dict(), "looping": False, "tokenizer_sha256": tokenizer_hash(cfg.tokenizer_path)}
+    header = {"config": cfg.to_dict(), "looping": False, "tokenizer_sha256": tokenizer_hash(cfg.run.tokenizer_path)}
     path = tmp_path_factory.mktemp("artifact") / "artifact.bin"
     packing.write_artifact(path, header, records, "zlib")
     return path
@@ -356,7 +356,7 @@ def test_an_encoder_that_peeks_cannot_be_decoded(artifact, clean, monkeypatch, t
     monkeypatch.setattr(Streams, "deal", lambda self, tokens: seen.append(deal(self, tokens)) or seen[-1])
 
     def peek(self, t):
-        return 0.99 * torch.nn.functional.one_hot(torch.from_numpy(seen[-1][:, t]), self.cfg.vocab_size) + 0.01 * predict(self, t)
+        return 0.99 * torch.nn.functional.one_hot(torch.from_numpy(seen[-1][:, t]), self.cfg.model.vocab_size) + 0.01 * predict(self, t)
 
     with monkeypatch.context() as patch:
         patch.setattr(Lockstep, "predict", peek)

@@ -12,15 +12,15 @@ PRESETS = sorted(path.parent.name for path in (ROOT / "records").glob("*/config.
 
 def test_resolution_order_and_origins(tmp_path, monkeypatch):
     cfg = T.resolve_config({"PRESET": "legal_ttt/one_gpu", "MATRIX_LR": "0.5", "SEED": ""})
-    assert cfg.matrix_lr == 0.5 and cfg.origins["matrix_lr"] == "env"
-    assert cfg.train_batch_tokens == 65536 and cfg.origins["train_batch_tokens"] == "preset:legal_ttt/one_gpu"
-    assert cfg.seed == 1337 and cfg.origins["seed"] == "default"
+    assert cfg.train.matrix_lr == 0.5 and cfg.origins["matrix_lr"] == "env"
+    assert cfg.train.train_batch_tokens == 65536 and cfg.origins["train_batch_tokens"] == "preset:legal_ttt/one_gpu"
+    assert cfg.run.seed == 1337 and cfg.origins["seed"] == "default"
 
 
 def test_the_word_none_empties_a_presets_list():
-    assert T.resolve_config({"PRESET": "legal_ttt"}).xsa_layers == "all"
-    assert T.resolve_config({"PRESET": "legal_ttt", "XSA_LAYERS": ""}).xsa_layers == "all", "empty counts as not set"
-    assert T.resolve_config({"PRESET": "legal_ttt", "XSA_LAYERS": "none"}).xsa_layers == ""
+    assert T.resolve_config({"PRESET": "legal_ttt"}).model.xsa_layers == "all"
+    assert T.resolve_config({"PRESET": "legal_ttt", "XSA_LAYERS": ""}).model.xsa_layers == "all", "empty counts as not set"
+    assert T.resolve_config({"PRESET": "legal_ttt", "XSA_LAYERS": "none"}).model.xsa_layers == ""
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_near_misses_are_warned_about():
 
 def test_a_finished_model_fixes_its_own_settings():
     base = T.resolve_config({"MODEL_DIM": "256"}).to_dict()
-    assert T.resolve_config({"EVAL_STRIDE": "8", "MODEL_DIM": "256"}, base).eval_stride == 8
-    assert T.resolve_config({"PRESET": "legal_ttt"}, base).model_dim == 256, "a preset cannot change a finished run"
+    assert T.resolve_config({"EVAL_STRIDE": "8", "MODEL_DIM": "256"}, base).eval.eval_stride == 8
+    assert T.resolve_config({"PRESET": "legal_ttt"}, base).model.model_dim == 256, "a preset cannot change a finished run"
     with pytest.raises(T.UserError, match="MODEL_DIM=128 contradicts the trained model"):
         T.resolve_config({"MODEL_DIM": "128"}, base)
 
@@ -108,7 +108,7 @@ def test_round_trip_through_a_dictionary():
 def test_every_preset_and_variant_resolves(preset):
     for path in sorted((ROOT / "records" / preset).glob("*.env")):
         name = preset if path.name == "config.env" else f"{preset}/{path.stem}"
-        assert T.resolve_config({"PRESET": name}).pattern
+        assert T.resolve_config({"PRESET": name}).model.pattern
 
 
 # The cards' models (published parameter counts in millions), within 3 %.
@@ -121,10 +121,10 @@ def test_parameter_counts_are_the_cards(preset):
 
     cfg = T.resolve_config({"PRESET": preset})
     with torch.device("meta"):
-        model = T.GPT(cfg)
+        model = T.GPT(cfg.model)
     assert T.count_params(model) == pytest.approx(CARDS[preset] * 1e6, rel=0.03)
     text = "\n".join(T.describe(model, cfg))
-    assert cfg.pattern in text and f"{T.count_params(model):,} parameters" in text
+    assert cfg.model.pattern in text and f"{T.count_params(model):,} parameters" in text
 
 
 @pytest.mark.parametrize("preset", CARDS)
@@ -133,8 +133,8 @@ def test_estimated_size_is_within_the_limit(preset):
 
     cfg = T.resolve_config({"PRESET": preset})
     with torch.device("meta"):
-        model = T.GPT(cfg)
-    assert T.estimate_bytes(model, cfg) < T.SIZE_LIMIT_BYTES
+        model = T.GPT(cfg.model)
+    assert T.estimate_bytes(model, cfg.quant) < T.SIZE_LIMIT_BYTES
 
 
 @pytest.mark.parametrize(
@@ -149,42 +149,44 @@ def test_estimated_size_is_within_the_limit(preset):
 )
 def test_batches_that_do_not_divide_are_refused_with_sizes_that_would(environment, world, message):
     with pytest.raises(T.UserError, match=re.escape(message)):
-        T.plan_batch(T.resolve_config(environment), T.RunContext(world_size=world))
+        T.plan_batch(T.resolve_config(environment).train, T.RunContext(world_size=world))
 
 
 def test_accumulation_is_derived():
     cfg = T.resolve_config({"TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "64", "MICRO_BATCH_TOKENS": "256"})
-    plan = T.plan_batch(cfg, T.RunContext(world_size=2))
+    plan = T.plan_batch(cfg.train, T.RunContext(world_size=2))
     assert (plan.sequences, plan.per_rank, plan.per_micro, plan.accumulation) == (64, 32, 4, 8)
     cfg = T.resolve_config({"TRAIN_BATCH_TOKENS_PER_GPU": "4096", "TRAIN_SEQ_LEN": "64"})
-    assert T.plan_batch(cfg, T.RunContext(world_size=8)).sequences == 512
+    assert T.plan_batch(cfg.train, T.RunContext(world_size=8)).sequences == 512
 
 
 def test_sequence_lengths_follow_the_budget():
     cfg = T.resolve_config({"TRAIN_SEQ_SCHEDULE": "64@0.1,128@0.5", "TRAIN_SEQ_LEN": "256", "NUM_LOOPS": "1", "LOOP_END": "1"})
-    assert [T.sequence_length(cfg, p) for p in (0, 0.09, 0.1, 0.49, 0.5, 1)] == [64, 64, 128, 128, 256, 256]
+    assert [T.sequence_length(cfg.train, p) for p in (0, 0.09, 0.1, 0.49, 0.5, 1)] == [64, 64, 128, 128, 256, 256]
     assert T.training_graphs(cfg) == [(64, False), (128, False), (128, True), (256, True)]  # recurrence from 0.35 on
-    assert T.sequence_lengths(cfg.replace(train_seq_schedule="64@0.1,128@0.5,256@1")) == T.sequence_lengths(cfg)
+    assert cfg.replace(train_seq_schedule="64@0.1,128@0.5,256@1").train.sequence_lengths == cfg.train.sequence_lengths
     assert T.training_graphs(T.resolve_config({})) == [(1024, False)]
     risen = cfg.replace(train_seq_rewarmup_frac=0.02, warmdown_frac=0.0)
-    assert [T.lr_scale(risen, p) for p in (0, 0.05, 0.1, 0.12, 0.5, 0.9)] == pytest.approx([1, 1, 0, 1, 0, 1])
-    assert T.lr_scale(risen, 0.11) == pytest.approx(0.5)
+    assert [T.lr_scale(risen.train, p) for p in (0, 0.05, 0.1, 0.12, 0.5, 0.9)] == pytest.approx([1, 1, 0, 1, 0, 1])
+    assert T.lr_scale(risen.train, 0.11) == pytest.approx(0.5)
 
 
 def test_schedules():
     cfg = T.resolve_config({"WARMDOWN_FRAC": "0.5", "MIN_LR": "0.1", "MUON_MOMENTUM_WARMUP_FRAC": "0.2"})
-    assert [round(T.lr_scale(cfg, p), 3) for p in (0, 0.5, 0.75, 0.96, 1, 1.2)] == [1, 1, 0.5, 0.1, 0.1, 0.1]
-    assert T.muon_momentum(cfg, 0.1) == pytest.approx((0.85 + 0.95) / 2) and T.muon_momentum(cfg, 0.9) == pytest.approx(0.95)
+    assert [round(T.lr_scale(cfg.train, p), 3) for p in (0, 0.5, 0.75, 0.96, 1, 1.2)] == [1, 1, 0.5, 0.1, 0.1, 0.1]
+    assert T.muon_momentum(cfg.train, 0.1) == pytest.approx((0.85 + 0.95) / 2) and T.muon_momentum(cfg.train, 0.9) == pytest.approx(0.95)
     cooled = cfg.replace(muon_momentum_cooldown_frac=0.1)
-    assert T.muon_momentum(cooled, 0.9) == pytest.approx(0.95) and T.muon_momentum(cooled, 0.95) == pytest.approx((0.85 + 0.95) / 2)
-    assert T.muon_momentum(cooled, 1.1) == pytest.approx(0.85)
+    assert T.muon_momentum(cooled.train, 0.9) == pytest.approx(0.95) and T.muon_momentum(cooled.train, 0.95) == pytest.approx(
+        (0.85 + 0.95) / 2
+    )
+    assert T.muon_momentum(cooled.train, 1.1) == pytest.approx(0.85)
     tapered = cfg.replace(muon_wd_taper_start=0.7, muon_wd_taper_end=0.5)
-    assert [T.wd_scale(tapered, p) for p in (0, 0.7, 0.85, 1, 1.2)] == pytest.approx([1, 1, 0.75, 0.5, 0.5])
-    assert T.wd_scale(cfg, 1.0) == 1
+    assert [T.wd_scale(tapered.train, p) for p in (0, 0.7, 0.85, 1, 1.2)] == pytest.approx([1, 1, 0.75, 0.5, 0.5])
+    assert T.wd_scale(cfg.train, 1.0) == 1
     late = T.resolve_config({"LATE_QAT_THRESHOLD": "0.15", "WARMDOWN_FRAC": "0.5"})
-    assert not T.qat_active(late, 0.9) and T.qat_active(late, 0.93)
+    assert not T.qat_active(late.train, 0.9) and T.qat_active(late.train, 0.93)
     last = T.resolve_config({"QAT_LAST_FRAC": "0.05", "MIN_LR": "0.1"})
-    assert not T.qat_active(last, 0.94) and T.qat_active(last, 0.95)
+    assert not T.qat_active(last.train, 0.94) and T.qat_active(last.train, 0.95)
 
 
 @pytest.mark.parametrize("steps", [60, 4900])
@@ -192,15 +194,15 @@ def test_ema_keeps_its_share_of_a_run_of_any_length(steps):
     cfg = T.resolve_config({"EMA_DECAY": "0.997", "REFERENCE_STEPS": "4900"})
     weight_of_first_half = 1.0
     for _ in range(steps // 2):
-        weight_of_first_half *= T.ema_decay(cfg, 1 / steps)
+        weight_of_first_half *= T.ema_decay(cfg.train, 1 / steps)
     assert weight_of_first_half == pytest.approx(0.997**2450, rel=1e-6)
-    assert T.ema_decay(cfg, 1 / 4900) == pytest.approx(0.997)
+    assert T.ema_decay(cfg.train, 1 / 4900) == pytest.approx(0.997)
 
 
 def test_progress_follows_whichever_budget_ends_first():
     cfg = T.resolve_config({"MAX_WALLCLOCK_SECONDS": "110", "GPTQ_RESERVE_SECONDS": "10", "ITERATIONS": "1000"})
-    assert T.training_progress(cfg, 100, 50) == 0.5 and T.training_progress(cfg, 900, 50) == 0.9
-    assert T.training_progress(cfg.replace(max_wallclock_seconds=0, gptq_reserve_seconds=0), 100, 5000) == 0.1
+    assert T.training_progress(cfg.train, 100, 50) == 0.5 and T.training_progress(cfg.train, 900, 50) == 0.9
+    assert T.training_progress(cfg.replace(max_wallclock_seconds=0, gptq_reserve_seconds=0).train, 100, 5000) == 0.1
 
 
 def test_a_run_too_short_for_its_constants_is_warned_about():
@@ -228,9 +230,9 @@ def test_attention_plan_says_why_not():
 def test_gdn_backend_on_the_cpu():
     import torch
 
-    assert T.choose_gdn_backend(T.resolve_config({}), torch.device("cpu")) == "torch"
+    assert T.choose_gdn_backend(T.RunConfig(), torch.device("cpu")) == "torch"
     with pytest.raises(T.UserError, match="needs a CUDA device"):
-        T.choose_gdn_backend(T.resolve_config({"GDN_BACKEND": "fla"}), torch.device("cpu"))
+        T.choose_gdn_backend(T.RunConfig(gdn_backend="fla"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -252,9 +254,9 @@ def test_the_miscompiling_triton_is_refused_on_hopper(monkeypatch, triton, capab
     cfg, device = T.resolve_config({}), torch.device("cuda")
     if refused:
         with pytest.raises(T.UserError, match=r"install triton>=3\.7\.1, or tilelang"):
-            T.choose_gdn_backend(cfg, device)
+            T.choose_gdn_backend(cfg.run, device)
     else:
-        assert T.choose_gdn_backend(cfg, device) == "fla"
+        assert T.choose_gdn_backend(cfg.run, device) == "fla"
     found["fla"] = False
     with pytest.raises(T.UserError, match="needs flash-linear-attention"):
-        T.choose_gdn_backend(cfg, device)
+        T.choose_gdn_backend(cfg.run, device)

@@ -158,7 +158,7 @@ def test_evaluate_equals_scoring_one_window_at_a_time(dataset):
     tokens = T.load_tokens(dataset.path, "val", 512, limit=403)
     table = T.ByteTable.from_tokenizer(T.load_tokenizer(dataset.tokenizer))
     for seq_len, stride in ((64, 16), (64, 64), (64, 61), (500, 100)):
-        result = T.evaluate(model, tokens, table, cfg, ctx, seq_len, stride)
+        result = T.evaluate(model, tokens, table, cfg.eval, ctx, seq_len, stride)
         nll = 0.0
         with torch.no_grad():
             for start, score_from, end in T.plan_windows(402, seq_len, stride):
@@ -236,5 +236,5 @@ def test_evaluation_by_document_is_each_document_alone(dataset, pattern):
                     alone = model(one[None, at:until].long(), one[None, at + 1 : until + 1].long(), reduction="none")[0, score_from - at :]
                     torch.testing.assert_close(scores[0][start + score_from : start + until], alone, rtol=1e-5, atol=1e-5)
     table = T.ByteTable.from_tokenizer(T.load_tokenizer(dataset.tokenizer))
-    result = T.evaluate(model, tokens, table, cfg, ctx, 256, 64)
+    result = T.evaluate(model, tokens, table, cfg.eval, ctx, 256, 64)
     assert result.val_loss == scores[0].double().mean().item() and result.tokens_scored == len(tokens) - 1

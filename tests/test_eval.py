@@ -73,22 +73,22 @@ def randomized(cfg: Config):
 def test_chunks_cover_every_target_once_in_order():
     for n, reset in ((2, 0), (65, 0), (66, 0), (200, 1), (129, 1)):
         tokens = stream(n)
-        chunks = plan_chunks(tokens, config(ttt_reset_per_doc=reset))
+        chunks = plan_chunks(tokens, config(ttt_reset_per_doc=reset).eval)
         assert [t for c in chunks for t in range(c.start, c.end)] == list(range(n - 1))
         assert all(c.end - c.start <= 64 for c in chunks)
         if reset:  # a document starts a chunk, and only there is everything forgotten
             assert {c.start for c in chunks if c.fresh} == {i for i in range(n - 1) if tokens[i] == BOS_ID}
-    assert plan_chunks(stream(500), config(ttt_enabled=False)) == [Chunk(0, 499)]
+    assert plan_chunks(stream(500), config(ttt_enabled=False).eval) == [Chunk(0, 499)]
 
 
 def test_schedules():
-    cosine = [chunk_lr(config(ttt_lr=0.1), i, 11) for i in range(11)]
+    cosine = [chunk_lr(config(ttt_lr=0.1).eval, i, 11) for i in range(11)]
     assert cosine[0] == pytest.approx(0.1) and cosine[5] == pytest.approx(0.05) and cosine[10] == pytest.approx(0)
-    adaptive = [chunk_lr(config(ttt_lr=0.1, ttt_lr_schedule="adaptive"), i, 11) for i in range(11)]
+    adaptive = [chunk_lr(config(ttt_lr=0.1, ttt_lr_schedule="adaptive").eval, i, 11) for i in range(11)]
     ratios = [round(a / c, 9) for a, c in zip(adaptive[:10], cosine)]
     assert ratios[0] == 1 and max(ratios) == 3 and ratios == sorted(ratios)
-    assert {chunk_lr(config(ttt_lr_schedule="constant"), i, 5) for i in range(5)} == {0.02}
-    assert {chunk_lr(config(ttt_reset_per_doc=True), i, 5) for i in range(5)} == {0.02}  # a document's length is not known in advance
+    assert {chunk_lr(config(ttt_lr_schedule="constant").eval, i, 5) for i in range(5)} == {0.02}
+    assert {chunk_lr(config(ttt_reset_per_doc=True).eval, i, 5) for i in range(5)} == {0.02}  # a document's length is not known in advance
 
 
 # ---- scoring ----
@@ -104,7 +104,7 @@ def test_learning_rate_zero_is_the_plain_sliding_evaluation(targets, seq_len, st
     cfg = config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_tokens=chunk, expert_block_tokens=block, ttt_lr=0.0)
     cfg = cfg.replace(eval_by_document=by_document)
     tested = evaluator(cfg)
-    plain = evaluate(tested.forward, tokens, byte_table(), cfg, RunContext(), seq_len, stride)
+    plain = evaluate(tested.forward, tokens, byte_table(), cfg.eval, RunContext(), seq_len, stride)
     for full in (False, True):
         trace = tested.run(tokens, full)
         assert trace.val_loss == pytest.approx(plain.val_loss, abs=2e-6) and trace.bytes_scored == plain.bytes_scored
@@ -152,7 +152,7 @@ def test_every_form_of_ttt_learns_from_scored_text_only(form):
 def test_only_the_chosen_parameters_move(params, freeze, moves):
     cfg = config(ttt_params=params, ttt_freeze_blocks=freeze, ttt_lr=0.05)
     model = randomized(cfg)
-    table = parameter_table(model, cfg)
+    table = parameter_table(model)
     before = {spec.name: spec.param.detach().clone() for spec in table}
     tested = ScoreFirstEvaluator(model, cfg, byte_table(), RunContext())
     tested.run(stream(200))
@@ -168,7 +168,7 @@ def test_reset_per_document_forgets():
     """The first chunk of each document is scored with the artifact's weights, later ones with what was learned inside the document."""
     tokens, cfg = stream(300), config(ttt_reset_per_doc=True, ttt_chunk_tokens=16)
     learned, static = evaluator(cfg).run(tokens).ledger.nll, evaluator(config(ttt_enabled=False)).run(tokens).ledger.nll
-    chunks = plan_chunks(tokens, cfg)
+    chunks = plan_chunks(tokens, cfg.eval)
     assert sum(chunk.fresh for chunk in chunks) > 3 and sum(not chunk.fresh for chunk in chunks) > 3
     for chunk in chunks:
         part = slice(chunk.start, chunk.end)
@@ -235,8 +235,8 @@ def test_experts_gain_and_report_what_each_is_worth():
     trace = tested.run(tokens)
     assert trace.val_bpb < trace.bpb("neural_raw") - 0.05
     assert trace.bpb("neural_raw") == pytest.approx(evaluator(config()).run(tokens).val_bpb, abs=1e-5)  # experts leave TTT alone
-    gains = eval_ttt.expert_gains(trace, tested.expert_config.names)
-    assert set(gains) == set(tested.expert_config.names)
+    gains = eval_ttt.expert_gains(trace, cfg.eval.expert_names)
+    assert set(gains) == set(cfg.eval.expert_names)
     assert all(math.isfinite(v) for gain in gains.values() for v in gain.values()) and gains["ngram"]["gain_bpb"] > 0
     assert trace.invalid["mean_sum_over_vocabulary"] > 0 and trace.invalid["valid"] is False
 

@@ -12,8 +12,8 @@ import torch
 from parts.experts import (
     EXPERTS,
     MIXERS,
+    SMOOTHINGS,
     ContextMixer,
-    ExpertConfig,
     ExpertMixture,
     HedgeMixer,
     InvalidTargetKeyedCache,
@@ -23,6 +23,7 @@ from parts.experts import (
     context_rows,
     order_adaptive_alpha,
 )
+from train_gpt import ExpertConfig, settings
 
 
 def stream(n: int, vocab: int, seed: int = 0) -> torch.Tensor:
@@ -173,7 +174,7 @@ def test_mixture_is_a_distribution_and_scores_what_it_shows(mixer, names):
     vocab, tokens = 23, stream(260, 23, seed=1)
     logits = torch.randn(260, vocab, generator=torch.Generator().manual_seed(2)) * 2
     keep = (0, 15, 16, 100, 258)
-    config = ExpertConfig(tuple(names), mixer=mixer, max_order=5, tilt_order=0)
+    config = ExpertConfig(experts=",".join(names), expert_mixer=mixer, ngram_order=5, tilt_order=0)
     mixture, record, rows = run_mixture(config, tokens, vocab, logits, keep=keep)
     assert torch.isfinite(record).all() and len(mixture.series) + 1 == record.size(1)
     for t in keep:
@@ -184,7 +185,7 @@ def test_mixture_is_a_distribution_and_scores_what_it_shows(mixer, names):
 def test_future_tokens_change_no_earlier_score():
     vocab, tokens = 19, stream(200, 19, seed=3)
     logits = torch.randn(200, vocab, generator=torch.Generator().manual_seed(4))
-    config = ExpertConfig(EXPERTS, max_order=4)
+    config = ExpertConfig(experts=",".join(EXPERTS), ngram_order=4)
     _, before, rows = run_mixture(config, tokens, vocab, logits, keep=(121,))
     changed = tokens.clone()
     changed[122:] = (changed[122:] + 5) % vocab
@@ -194,7 +195,7 @@ def test_future_tokens_change_no_earlier_score():
 
 
 def test_prediction_refuses_to_score_after_its_block_was_counted():
-    mixture = ExpertMixture(ExpertConfig(("ngram",), max_order=3), 9)
+    mixture = ExpertMixture(ExpertConfig(experts="ngram", ngram_order=3), 9)
     contexts, targets = torch.full((4, 2), 9), torch.tensor([1, 2, 3, 4])
     prediction = mixture.predict(torch.zeros(4, 9), contexts)
     mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))
@@ -205,7 +206,7 @@ def test_prediction_refuses_to_score_after_its_block_was_counted():
 def test_no_experts_is_the_model_itself():
     vocab, tokens = 12, stream(80, 12)
     logits = torch.randn(80, vocab, generator=torch.Generator().manual_seed(5))
-    _, record, _ = run_mixture(ExpertConfig(()), tokens, vocab, logits)
+    _, record, _ = run_mixture(ExpertConfig(), tokens, vocab, logits)
     want = logits[:79].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1)
     assert torch.allclose(record[:, 0].float(), want, atol=1e-6)
 
@@ -215,7 +216,7 @@ def test_repetitive_text_gains_from_the_experts():
     logits = torch.zeros(3000, vocab)
     for mixer in MIXERS:
         mixture, record, _ = run_mixture(
-            ExpertConfig(("tilt", "ngram", "cache", "bigram"), mixer=mixer, max_order=6), tokens, vocab, logits, block=64
+            ExpertConfig(experts="tilt,ngram,cache,bigram", expert_mixer=mixer, ngram_order=6), tokens, vocab, logits, block=64
         )
         nll = dict(zip(mixture.series, (-record.mean(0)).tolist()))
         assert nll["final"] < nll["neural_raw"] - 0.5
@@ -227,7 +228,7 @@ def test_calibration_and_tilt_move_towards_what_was_scored():
     logits = torch.zeros(600, vocab)
     logits[:, 7] = -3.0
     for name in ("calibration", "tilt"):
-        mixture, record, _ = run_mixture(ExpertConfig((name,), max_order=2), tokens, vocab, logits)
+        mixture, record, _ = run_mixture(ExpertConfig(experts=name, ngram_order=2), tokens, vocab, logits)
         column = mixture.series.index(f"+{name}")
         assert record[-1, column] > record[0, column] + 1.0
 
@@ -237,14 +238,14 @@ def test_temperature_follows_the_cards_formula():
     p = logits.softmax(-1)
     entropy = -(p * p.log()).sum()
     want = (logits / (1 - 0.15 * (1 - entropy / math.log(4)))).softmax(-1)
-    mixture = ExpertMixture(ExpertConfig(("temperature",), max_order=2), 4)
+    mixture = ExpertMixture(ExpertConfig(experts="temperature", ngram_order=2), 4)
     got = mixture.predict(logits, torch.tensor([[4]])).ladder[-1].exp()
     assert torch.allclose(got, want, atol=1e-6)
 
 
 def test_fixed_tilt_is_the_closed_form():
     """q'_h = q_h e^b / (1 + q_h (e^b - 1)), everything else divided by the same Z."""
-    mixture = ExpertMixture(ExpertConfig(("tilt",), max_order=2, tilt_beta=0.7), 5)
+    mixture = ExpertMixture(ExpertConfig(experts="tilt", ngram_order=2, tilt_beta=0.7), 5)
     contexts, targets = torch.tensor([[3], [3], [3]]), torch.tensor([2, 2, 4])
     first = mixture.predict(torch.zeros(3, 5), contexts)
     assert torch.allclose(first.ladder[-1].exp(), torch.full((3, 5), 0.2))  # nothing scored yet, no hint
@@ -359,11 +360,10 @@ def test_target_keyed_cache_claims_more_than_there_is():
     assert claims.gather(1, tokens[-5:, None]).log().mean() > math.log(1 / vocab) + 1  # and looks wonderful on random tokens
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown expert 'magic'"):
-        ExpertConfig(("magic",))
-    with pytest.raises(ValueError, match="mixer"):
-        ExpertConfig((), mixer="guess")
+def test_the_settings_table_knows_every_expert():
+    limits = {spec.name: spec.metadata for spec in settings("eval")}
+    assert set(limits["experts"]["several"]) == set(EXPERTS)
+    assert limits["expert_mixer"]["choices"] == MIXERS and limits["ngram_smoothing"]["choices"] == SMOOTHINGS
 
 
 # ---- on a GPU ----
@@ -385,7 +385,7 @@ def test_cuda_gives_the_cpus_scores_at_200_000_tokens_a_second(names, mixer):
     # Skewed noise: hardly a context of three tokens comes twice, which is the most that the tables can be made to hold.
     tokens = (torch.rand(block * blocks, generator=torch.Generator().manual_seed(11)) ** 3 * (vocab - 2)).long() + 2
     logits = torch.randn(block, vocab, generator=torch.Generator().manual_seed(1)) * 2
-    config = ExpertConfig(names, mixer=mixer, tilt_order=0, report=False)
+    config = ExpertConfig(experts=",".join(names), expert_mixer=mixer, tilt_order=0, expert_report=False)
     scores = {}
     for device, count in (("cpu", 12), ("cuda", 12), ("cuda", blocks - 1)):
         mixture, text, rows, began = ExpertMixture(config, vocab, device), tokens.to(device), logits.to(device), time.perf_counter()

@@ -28,16 +28,16 @@ def holds(setting: str, preset: str) -> bool:
     """Is `NAME=value` (or `x in NAME`) what the preset resolves to?"""
     cfg = T.resolve_config({"PRESET": preset})
     if match := re.fullmatch(r"(\w+) in ([A-Z_]+)", setting):
-        return match[1] in getattr(cfg, match[2].lower()).split(",")
+        return match[1] in cfg[match[2].lower()].split(",")
     name, equals, value = setting.partition("=")
-    assert equals and hasattr(cfg, name.lower()), f"{setting!r} is not a setting"
-    if name.startswith("TTT_") and name != "TTT_ENABLED" and not cfg.ttt_enabled:
+    assert equals and name.lower() in T.PART_OF, f"{setting!r} is not a setting"
+    if name.startswith("TTT_") and name != "TTT_ENABLED" and not cfg.eval.ttt_enabled:
         return False  # a default that nothing reads
     try:
         changed = T.resolve_config({"PRESET": preset, name: value})
     except T.UserError:
         return False  # does not even fit this preset's layers
-    return getattr(changed, name.lower()) == getattr(cfg, name.lower())
+    return changed[name.lower()] == cfg[name.lower()]
 
 
 def settings_of(cell: str) -> list[str]:

@@ -96,9 +96,9 @@ def test_compiled_model_matches_eager_float32(preset):
         for a, b in zip(model.parameters(), reference.parameters()):
             b.add_(torch.randn_like(b) * 0.02)
             a.copy_(b)
-    forward = T.maybe_compile(model)
+    forward = T.maybe_compile(model, cfg.run)
     ids = torch.randint(0, 1024, (2, 200))
-    for looping in {False, bool(cfg.num_loops)}:
+    for looping in {False, bool(cfg.model.num_loops)}:
         model.looping = reference.looping = looping
         with torch.no_grad():
             ours, twin = forward(ids.cuda()).cpu(), reference(ids)
@@ -114,7 +114,7 @@ def test_training_steps_compile_two_graphs_at_most():
     torch._dynamo.reset()
     counters.clear()
     model = T.build_model(cfg, DEVICE)
-    forward = T.maybe_compile(model)
+    forward = T.maybe_compile(model, cfg.run)
     for step in range(8):
         model.looping = step >= 4
         ids = torch.randint(0, 1024, (2, 257), device=DEVICE)

@@ -28,6 +28,7 @@ def make(environment, looping=True, **settings):
     """A model in which every parameter matters: zero-initialised ones are filled, so that no path is cut off."""
     cfg = T.resolve_config({**environment, **{name: str(value) for name, value in settings.items()}})
     model = T.build_model(cfg)
+    T.attach_fake_quantize(model, cfg)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -315,9 +316,8 @@ def test_attention_layer_matches_a_loop(gate):
 
 
 def test_layer_order_is_the_cards():
-    model = T.GPT(
-        T.resolve_config({**TINY, "LAYER_PATTERN": "A" * 11, "NUM_LOOPS": "2", "LOOP_START": "3", "LOOP_END": "5", "UNET_SKIPS": "1"})
-    )
+    loops = {"LAYER_PATTERN": "A" * 11, "NUM_LOOPS": "2", "LOOP_START": "3", "LOOP_END": "5", "UNET_SKIPS": "1"}
+    model = T.GPT(T.resolve_config({**TINY, **loops}).model)
     assert model.layer_order(False) == list(range(11))
     assert model.layer_order(True) == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
     assert len(model.skip_weights) == 8
@@ -417,10 +417,10 @@ def test_blocks_of_one_kind_share_a_graph(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
     torch._dynamo.reset()
     model, ids = (
-        make({**EVERYTHING, "LAYER_PATTERN": "GGGTAAAG", "PARALLEL_START": "6", "VE_LAYERS": "", "SHARED_LAYERS": ""}, COMPILE="blocks"),
+        make({**EVERYTHING, "LAYER_PATTERN": "GGGTAAAG", "PARALLEL_START": "6", "VE_LAYERS": "", "SHARED_LAYERS": ""}),
         tokens(40),
     )
-    forward = T.maybe_compile(model)
+    forward = T.maybe_compile(model, T.RunConfig(compile="blocks"))
     for looping in (False, True):
         model.looping = looping
         with torch.no_grad():
@@ -433,14 +433,13 @@ def test_blocks_of_one_kind_share_a_graph(monkeypatch):
 
 def test_parameter_table_is_complete_and_exclusive():
     model = make(EVERYTHING)
-    cfg = model.cfg
-    table = T.parameter_table(model, cfg)
+    table = T.parameter_table(model)
     assert [spec.name for spec in table] == [name for name, _ in model.named_parameters()]
     roles = {spec.name: (spec.role, spec.optimizer) for spec in table}
     assert roles["tok_emb.weight"] == ("embed", "adam")
     assert roles["blocks.0.mixer.conv"] == ("control", "adam"), "3-D convolution weights are no matrices"
     assert roles["blocks.0.mixer.a_proj.weight"] == ("gdn", "muon")
-    optimizers = T.Optimizers(model, cfg, T.RunContext())
+    optimizers = T.Optimizers(model, T.TrainConfig(), T.RunContext())
     muon = [spec.name for specs, _ in optimizers.muon.groups for spec in specs]
     adam = [p for group in optimizers.adam.param_groups for p in group["params"]]
     assert len(muon) + len(adam) == len(table) == len(set(muon)) + len({id(p) for p in adam})
@@ -450,12 +449,12 @@ def test_unlisted_parameter_is_refused():
     model = make(TINY, looping=False)
     model.blocks[0].novelty = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(AssertionError, match="novelty"):
-        T.parameter_table(model, model.cfg)
+        T.parameter_table(model)
 
 
 def test_crown_q_adds_the_gradient_of_its_penalty():
-    model = make(TINY, looping=False, CROWN_Q_LAMBDA=0.5)
-    optimizers = T.Optimizers(model, model.cfg, T.RunContext())
+    model = make(TINY, looping=False)
+    optimizers = T.Optimizers(model, T.TrainConfig(crown_q_lambda=0.5), T.RunContext())
     matrices = [spec.param for spec in optimizers.table if spec.optimizer == "muon"]
     penalty = sum((p.square() * (p.detach().abs().amax(1, keepdim=True) / 15).square()).mean() for p in matrices) * 0.5 / 12
     expected = torch.autograd.grad(penalty, matrices)
@@ -472,7 +471,7 @@ def test_every_parameter_gets_a_gradient(parts):
     cfg = T.resolve_config({**EVERYTHING, **{name: str(value) for name, value in parts.items()}})
     model = T.build_model(cfg)
     model.looping = True
-    optimizers = T.Optimizers(model, cfg, T.RunContext())
+    optimizers = T.Optimizers(model, cfg.train, T.RunContext())
     ids = tokens(65, batch=4)
     touched = set()
     for _ in range(3):
@@ -484,8 +483,8 @@ def test_every_parameter_gets_a_gradient(parts):
 
 
 def test_muon_step_is_the_textbook_one():
-    model = make(TINY, looping=False, MUON_WD=0.2, MATRIX_LR=0.02)
-    optimizers = T.Optimizers(model, model.cfg, T.RunContext())
+    model = make(TINY, looping=False)
+    optimizers = T.Optimizers(model, T.TrainConfig(muon_wd=0.2, matrix_lr=0.02), T.RunContext())
     param = model.blocks[0].mlp.fc.weight
     before, momentum = param.detach().clone(), torch.zeros_like(param)
     expected = before.clone()

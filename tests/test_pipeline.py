@@ -57,11 +57,11 @@ def small(preset: str) -> dict:
     """The sizes that shrink; a table that the preset goes without stays away."""
     own = T.resolve_config({"PRESET": preset})
     changes = {**SMALL, **LONG_CONTEXT.get(preset, {})}
-    if own.bigram_vocab_size:
+    if own.model.bigram_vocab_size:
         changes["BIGRAM_VOCAB_SIZE"] = 64
-    if own.embed_split_top:
+    if own.quant.embed_split_top:
         changes["EMBED_SPLIT_TOP"] = 250
-    if own.ttt_hash_buckets:
+    if own.eval.ttt_hash_buckets:
         changes["TTT_HASH_BUCKETS"] = 64
     return changes
 
@@ -99,14 +99,14 @@ def pipeline(request, dataset, tmp_path_factory) -> SimpleNamespace:
     header, records = packing.unpack_artifact((folder / "artifact.bin").read_bytes())
     return SimpleNamespace(
         preset=preset, changes=changes, folder=folder, header=header, records={record.name: record for record in records},
-        result=json.loads((folder / "eval.json").read_text()), cfg=T.Config.from_dict(header["config"]), **vars(seen),
+        result=json.loads((folder / "eval.json").read_text()), cfg=seen.quantizer.cfg, **vars(seen),
     )  # fmt: skip
 
 
 def sliding_bpb(model, cfg) -> float:
-    tokens = T.load_tokens(cfg.data_path, "val", cfg.vocab_size, limit=cfg.eval_tokens)
-    table = T.ByteTable.from_tokenizer(T.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
-    return T.evaluate(model, tokens, table, cfg, T.RunContext(), cfg.eval_seq_len, cfg.eval_stride).val_bpb
+    tokens = T.load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens)
+    table = T.ByteTable.from_tokenizer(T.load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size))
+    return T.evaluate(model, tokens, table, cfg.eval, T.RunContext(), cfg.eval.eval_seq_len, cfg.eval.eval_stride).val_bpb
 
 
 def run_model(folder):
@@ -150,69 +150,69 @@ def test_the_artifact_scores_what_the_quantized_model_scores_in_memory(pipeline)
 def test_the_evaluation_is_complete_valid_and_the_presets_own(pipeline):
     result, cfg = pipeline.result, pipeline.cfg
     assert set(result) == EVAL_KEYS
-    assert result["tokens_scored"] == cfg.eval_tokens - 1 and result["bytes_scored"] > 0
+    assert result["tokens_scored"] == cfg.eval.eval_tokens - 1 and result["bytes_scored"] > 0
     assert result["val_bpb"] == pytest.approx(result["val_loss"] * result["tokens_scored"] / math.log(2) / result["bytes_scored"])
     if pipeline.preset in AUDITED:
         assert result["audit"]["verdict"] == "incomplete" and result["audit"]["missing"] == ["whole text", "byte count"], result["audit"]
     assert result["bytes_model"] == (pipeline.folder / "artifact.bin").stat().st_size
     # The last stage is the score; at this size it stays near the plain one, or beats it.
     assert math.isfinite(result["val_bpb"]) and result["val_bpb"] < result["sliding_bpb"] + 0.02
-    assert (result["ttt_bpb"] is not None) == cfg.ttt_enabled and (result["experts_bpb"] is not None) == bool(cfg.experts)
+    assert (result["ttt_bpb"] is not None) == cfg.eval.ttt_enabled and (result["experts_bpb"] is not None) == bool(cfg.eval.experts)
     last = next(result[key] for key in ("experts_bpb", "ttt_bpb", "sliding_bpb") if result[key] is not None)
     assert result["val_bpb"] == pytest.approx(last, abs=1e-6)
-    if cfg.ttt_enabled:
+    if cfg.eval.ttt_enabled:
         assert len(result["chunk_losses"]) == 3 and result["ttt_bpb"] != result["sliding_bpb"]
-    if cfg.experts:
-        assert set(result["experts"]) == set(cfg.experts.split(","))
-    assert bool(result["invalid_cache"]) == cfg.invalid_cache
+    if cfg.eval.experts:
+        assert set(result["experts"]) == set(cfg.eval.experts.split(","))
+    assert bool(result["invalid_cache"]) == cfg.eval.invalid_cache
     # Every setting of quantization and evaluation that was not scaled down is what the preset says.
     own = T.resolve_config({"PRESET": pipeline.preset})
     for spec in T.settings("quant") + T.settings("eval"):
         if spec.name.upper() not in pipeline.changes:
-            assert result["config"][spec.name] == getattr(own, spec.name), spec.name
+            assert {**cfg.to_dict("quant"), **result["config"]}[spec.name] == own[spec.name], spec.name
 
 
 def test_what_learns_while_testing_is_what_the_preset_names(pipeline):
     cfg, trainer = pipeline.cfg, pipeline.evaluator.trainer
-    assert (trainer is not None) == cfg.ttt_enabled
+    assert (trainer is not None) == cfg.eval.ttt_enabled
     if trainer is None:
         return
-    assert type(trainer.optimizer).__name__.lower() == cfg.ttt_optimizer
-    assert bool(trainer.average) == bool(cfg.ttt_polyak)
+    assert type(trainer.optimizer).__name__.lower() == cfg.eval.ttt_optimizer
+    assert bool(trainer.average) == bool(cfg.eval.ttt_polyak)
     names = {id(param): name for name, param in pipeline.evaluator.forward.forward.named_parameters()}
     trained = {names[id(param)] for param in trainer.params}
-    assert ("eval_hash.table.weight" in trained) == bool(cfg.ttt_hash_buckets)
-    if cfg.ttt_params == "mlp":
+    assert ("eval_hash.table.weight" in trained) == bool(cfg.eval.ttt_hash_buckets)
+    if cfg.eval.ttt_params == "mlp":
         assert trained == {name for name in names.values() if re.fullmatch(r"blocks\.\d+\.mlp\.(fc|proj)\.weight", name)}
     blocks = {int(name.split(".")[1]) for name in trained if name.startswith("blocks.")}
-    assert blocks == set(range(cfg.ttt_freeze_blocks, len(cfg.pattern)))
+    assert blocks == set(range(cfg.eval.ttt_freeze_blocks, len(cfg.model.pattern)))
 
 
 def test_the_plan_in_the_artifact_is_the_presets(pipeline):
     """Bits of every matrix, split rows, pruned weights and the compressor, from the file's own header and symbols."""
     cfg, header = pipeline.cfg, pipeline.header
-    assert {stream["codec"] for stream in header["streams"]} == {cfg.compressor}
-    overrides = dict(part.split(":") for part in filter(None, cfg.bits_override.split(",")))
+    assert {stream["codec"] for stream in header["streams"]} == {cfg.quant.compressor}
+    overrides = dict(part.split(":") for part in filter(None, cfg.quant.bits_override.split(",")))
     assert overrides.keys() <= {"attn.proj"}, "teach this test the new override"
     bits = {name: width for name, _, width, _ in header["tensors"]}
     for unit in pipeline.packed.units:
-        want = {"control": 0, "embed": cfg.embed_bits, "hash": cfg.embed_bits}.get(unit.role, cfg.matrix_bits)
+        want = {"control": 0, "embed": cfg.quant.embed_bits, "hash": cfg.quant.embed_bits}.get(unit.role, cfg.quant.matrix_bits)
         if unit.role == "attn" and unit.param.endswith(".proj.weight"):
             want = int(overrides.get("attn.proj", want))
         if unit.name.endswith("@rest"):
-            want = cfg.embed_split_bits
+            want = cfg.quant.embed_split_bits
         if unit.weight.dim() == 2 or want == 0:
             assert bits[unit.name] == want, unit.name
-    assert ("tok_emb.weight@top" in bits) == bool(cfg.embed_split_top)
-    if cfg.embed_split_top:
+    assert ("tok_emb.weight@top" in bits) == bool(cfg.quant.embed_split_top)
+    if cfg.quant.embed_split_top:
         counts = Q.token_counts(cfg)
-        top = np.unpackbits(pipeline.records["tok_emb.weight@rows"].data)[: cfg.vocab_size].astype(bool)
-        assert top.sum() == cfg.embed_split_top and counts[top].min() >= counts[~top].max()
+        top = np.unpackbits(pipeline.records["tok_emb.weight@rows"].data)[: cfg.model.vocab_size].astype(bool)
+        assert top.sum() == cfg.quant.embed_split_top and counts[top].min() >= counts[~top].max()
     for unit in pipeline.packed.units:
-        pruned = unit.bits and unit.role != "embed" and cfg.prune_fraction
+        pruned = unit.bits and unit.role != "embed" and cfg.quant.prune_fraction
         assert (unit.keep is not None) == bool(pruned), unit.name
         if pruned:
-            smallest = np.argsort(unit.weight.abs().numpy().ravel(), kind="stable")[: int(cfg.prune_fraction * unit.weight.numel())]
+            smallest = np.argsort(unit.weight.abs().numpy().ravel(), kind="stable")[: int(cfg.quant.prune_fraction * unit.weight.numel())]
             assert not pipeline.records[unit.name].data.ravel()[smallest].any()
 
 
@@ -223,15 +223,15 @@ def test_values_are_rotated_where_the_preset_says(pipeline):
     assert layers
     for name in layers:
         plain, stored = trained[name], dequantize(pipeline.records[name])
-        heads = plain.unflatten(0, (cfg.num_kv_heads, cfg.head_dim))
-        turned = torch.einsum("de,kec->kdc", Q.hadamard(cfg.head_dim).float(), heads).flatten(0, 1)
-        near, far = (turned, plain) if cfg.hadamard_vo else (plain, turned)
+        heads = plain.unflatten(0, (cfg.model.num_kv_heads, cfg.model.head_dim))
+        turned = torch.einsum("de,kec->kdc", Q.hadamard(cfg.model.head_dim).float(), heads).flatten(0, 1)
+        near, far = (turned, plain) if cfg.quant.hadamard_vo else (plain, turned)
         assert (stored - near).norm() < 0.6 * (stored - far).norm(), name
 
 
 def test_recurrence_survives_to_the_score(pipeline):
     """The flag is in the file, in the report and in the model that was scored; without it the score is another one."""
-    looping = bool(pipeline.cfg.num_loops)
+    looping = bool(pipeline.cfg.model.num_loops)
     model = pipeline.evaluator.forward.forward
     assert pipeline.header["looping"] is pipeline.result["run"]["looping"] is model.looping is looping
     if looping:

@@ -22,7 +22,7 @@ from data.shards import BOS_ID
 from parts import code, packing
 from parts.artifact import load_artifact, restore_weights
 from parts.files import UserError
-from train_gpt import Config, RunContext
+from train_gpt import Config, QuantConfig, RunContext
 
 ROOT = Path(__file__).resolve().parent.parent
 HYBRID = {
@@ -71,7 +71,7 @@ def randomized(cfg: Config, seed: int = 0) -> train_gpt.GPT:
                 param.copy_(0.3 * noise)
             else:
                 param.add_(0.1 * noise)
-    model.looping = bool(cfg.num_loops)
+    model.looping = bool(cfg.model.num_loops)
     return model.eval()
 
 
@@ -266,7 +266,7 @@ def test_hadamard_matrix():
 
 def test_rotation_leaves_the_function_unchanged():
     """Through XSA, sinks, gates, value embeddings, GQA, a shared mixer and depth recurrence."""
-    model = randomized(Config(**HYBRID))
+    model = randomized(Config.from_dict(HYBRID))
     before, value = logits_of(model), model.blocks[1].mixer.c_v.weight.detach().clone()
     skipped = Q.rotate_values(model)
     assert not torch.allclose(value, model.blocks[1].mixer.c_v.weight, atol=1e-3)
@@ -275,7 +275,7 @@ def test_rotation_leaves_the_function_unchanged():
 
 
 def test_rotation_says_what_it_skips():
-    model = randomized(Config(**{**HYBRID, "model_dim": 24, "layer_pattern": "AA", "xsa_layers": "", "shared_layers": "",
+    model = randomized(Config.from_dict({**HYBRID, "model_dim": 24, "layer_pattern": "AA", "xsa_layers": "", "shared_layers": "",
                                  "ve_layers": "", "num_loops": 0, "loop_end": 0, "loop_start": 0}))  # fmt: skip
     before = logits_of(model)
     assert all("head dim 6" in line for line in Q.rotate_values(model))
@@ -305,7 +305,7 @@ def world(tmp_path_factory) -> Path:
         tokens = generator.zipf(1.3, count).clip(0, 200) + 40
         tokens[::97] = BOS_ID
         (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
-    save_run(folder, "run", Config(**HYBRID, **paths(folder)))
+    save_run(folder, "run", Config.from_dict({**HYBRID, **paths(folder)}))
     return folder
 
 
@@ -317,8 +317,8 @@ def save_run(folder: Path, name: str, cfg: Config, spoil=lambda weights: None) -
     weights = {key: value.detach().clone() for key, value in randomized(cfg).named_parameters()}
     spoil(weights)
     meta = {
-        "config": cfg.to_dict(), "looping": bool(cfg.num_loops), "steps": 1, "tokens": 1, "train_seconds": 10.0, "world_size": 1,
-        "device": "cpu", "torch": torch.__version__, "tokenizer_sha256": shards.tokenizer_hash(cfg.tokenizer_path),
+        "config": cfg.to_dict(), "looping": bool(cfg.model.num_loops), "steps": 1, "tokens": 1, "train_seconds": 10.0, "world_size": 1,
+        "device": "cpu", "torch": torch.__version__, "tokenizer_sha256": shards.tokenizer_hash(cfg.run.tokenizer_path),
     }  # fmt: skip
     (folder / name).mkdir()
     train_gpt.save_tensors(folder / name / "model.safetensors", weights, meta)
@@ -341,7 +341,7 @@ def clean(monkeypatch):
 
 
 def quantizer_for(world: Path, **changes) -> Q.Quantizer:
-    cfg = Config(**{**HYBRID, **paths(world), **changes})
+    cfg = Config.from_dict({**HYBRID, **paths(world), **changes})
     quantizer = Q.Quantizer(world / "run", cfg, RunContext())
     quantizer.calibrate()
     return quantizer
@@ -354,7 +354,7 @@ def quantizer(world) -> Q.Quantizer:
 
 def test_hessians_see_every_call_of_every_linear(world):
     """Against inputs recorded by hand; recurrence and shared mixers run several times; the head's come from the final norm."""
-    cfg = Config(**HYBRID, **paths(world))
+    cfg = Config.from_dict({**HYBRID, **paths(world)})
     model = randomized(cfg)
     inputs: dict[str, list] = {}
     linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, train_gpt.Linear)}
@@ -363,11 +363,11 @@ def test_hessians_see_every_call_of_every_linear(world):
     head = lambda _, args, out: inputs.setdefault("tok_emb.weight", []).append(out.flatten(0, -2))
     handle = model.final_norm.register_forward_hook(head)
     with torch.no_grad():
-        for batch in Q.calibration_batches(cfg, RunContext(), cfg.gptq_calibration_batches):
+        for batch in Q.calibration_batches(cfg, RunContext(), cfg.quant.gptq_calibration_batches):
             model(*batch)
     handle.remove()
     hessians, loss = Q.collect_hessians(model, cfg, RunContext())
-    matrices = {spec.name for spec in train_gpt.parameter_table(model, cfg) if spec.param.dim() == 2 and spec.role != "control"}
+    matrices = {spec.name for spec in train_gpt.parameter_table(model) if spec.param.dim() == 2 and spec.role != "control"}
     assert matrices == set(hessians), "a matrix without a Hessian"
     for key, parts in inputs.items():
         x = torch.cat(parts)
@@ -424,7 +424,7 @@ def test_every_unit_beats_rtn_and_every_parameter_returns(quantizer):
             solution = packed.solutions[unit.name]
             assert solution.error <= solution.rtn_error * (1 + 1e-6), unit.name
     weights = restore_weights(packed.records, shapes_of(quantizer))
-    for spec in train_gpt.parameter_table(quantizer.model, quantizer.cfg):
+    for spec in train_gpt.parameter_table(quantizer.model):
         if spec.role == "control":
             assert torch.equal(weights[spec.name], spec.param.half().float()), spec.name
         else:
@@ -450,7 +450,7 @@ def test_embedding_split_by_frequency(quantizer):
     by_name = {record.name: record for record in packed.records}
     assert (by_name["tok_emb.weight@top"].bits, by_name["tok_emb.weight@rest"].bits) == (8, 5)
     counts = Q.token_counts(cfg)
-    top = np.unpackbits(by_name["tok_emb.weight@rows"].data)[: cfg.vocab_size].astype(bool)
+    top = np.unpackbits(by_name["tok_emb.weight@rows"].data)[: cfg.model.vocab_size].astype(bool)
     assert top.sum() == 101 and counts[top].min() >= counts[~top].max()
     restored = restore_weights(packed.records, shapes_of(quantizer))["tok_emb.weight"]
     error = (restored - quantizer.model.tok_emb.weight).norm(dim=1) / quantizer.model.tok_emb.weight.norm(dim=1)
@@ -546,7 +546,7 @@ def test_save_load_same_loss(world, clean, tmp_path, compressor):
     sizes = Q.compare_command(run / "artifact.bin")
     assert sizes[compressor]["total"] == artifact.bytes_model and all(row["total"] > 0 for row in sizes.values())
 
-    cfg = artifact.cfg
+    cfg = Q.open_run(run)
     other = Q.Quantizer(run, cfg, RunContext())
     other.calibrate()
     packed = other.pack(*other.units())
@@ -641,7 +641,7 @@ def test_forged_payloads_load_or_fail_cleanly(artifact, clean, tmp_path):
 def test_artifact_of_another_tokenizer_or_model(artifact, world, clean, tmp_path):
     path = tmp_path / "artifact.bin"
     path.write_bytes(artifact)
-    assert load_artifact(path).cfg.vocab_size == 300
+    assert load_artifact(path).cfg.model.vocab_size == 300
     clean.setenv("TOKENIZER_PATH", str(world / "other.model"))
     with pytest.raises(UserError, match="another tokenizer"):
         load_artifact(path)
@@ -651,7 +651,7 @@ def test_artifact_of_another_tokenizer_or_model(artifact, world, clean, tmp_path
         load_artifact(path)
     clean.setenv("MODEL_DIM", "32")
     clean.setenv("EVAL_STRIDE", "7")
-    assert load_artifact(path).cfg.eval_stride == 7
+    assert load_artifact(path).cfg.eval.eval_stride == 7
 
 
 # -- faults of input ---------------------------------------------------------------------------------------------------
@@ -684,7 +684,7 @@ def test_faults_leave_nothing_half_written(world, clean, tmp_path):
     def spoil(weights):
         weights["blocks.0.mlp.fc.weight"][0, 0] = float("nan")
 
-    broken = save_run(tmp_path, "broken", Config(**HYBRID, **paths(world)), spoil)
+    broken = save_run(tmp_path, "broken", Config.from_dict({**HYBRID, **paths(world)}), spoil)
     with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc\.weight is not finite"):
         Q.quantize_command(broken, search_seconds=5)
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-100])
@@ -757,7 +757,7 @@ def test_gpu_solves_36_million_weights_in_time():
         units.append(Q.Unit(str(number), str(number), "mlp", weight, 6, 12.85))
     torch.cuda.synchronize()
     began = time.perf_counter()
-    solutions = Q.Solver(hessians, Config(), {}).solve(units)
+    solutions = Q.Solver(hessians, QuantConfig(), {}).solve(units)
     torch.cuda.synchronize()
     assert time.perf_counter() - began < 20
     for number in (0, 22, 44):
@@ -769,7 +769,7 @@ def test_gpu_solves_36_million_weights_in_time():
 @pytest.mark.gpu
 @needs_gpu
 def test_gpu_hessians_agree_with_the_cpu(world, clean):
-    cfg = Config(**{**HYBRID, **paths(world), "layer_pattern": "AASAA", "xsa_layers": "1,4", "ve_layers": "1,4"})
+    cfg = Config.from_dict({**HYBRID, **paths(world), "layer_pattern": "AASAA", "xsa_layers": "1,4", "ve_layers": "1,4"})
     reference, _ = Q.collect_hessians(randomized(cfg), cfg, RunContext())
     model = randomized(cfg).cuda()
     model.compute_dtype = torch.bfloat16

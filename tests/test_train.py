@@ -470,8 +470,8 @@ def test_reported_score_is_that_of_the_saved_float_weights(train, dataset):
     model = T.build_model(cfg)
     T.load_weights(model, tensors)
     table = T.ByteTable.from_tokenizer(T.load_tokenizer(dataset.tokenizer))
-    tokens = T.load_tokens(dataset.path, "val", 512, cfg.val_tokens)
-    result = T.evaluate(model, tokens, table, cfg, T.RunContext(), cfg.train_seq_len, cfg.train_seq_len)
+    tokens = T.load_tokens(dataset.path, "val", 512, cfg.train.val_tokens)
+    result = T.evaluate(model, tokens, table, cfg.eval, T.RunContext(), cfg.train.train_seq_len, cfg.train.train_seq_len)
     assert result.val_bpb == pytest.approx(meta["val_bpb"], abs=1e-6)
 
 
@@ -614,13 +614,13 @@ SMALL_WIDTH = {
 
 @pytest.mark.parametrize("preset", ["gdn_hybrid", "gdn3_fa8", "legal_ttt", "token_shift", "ngram_hedge", "base"])
 def test_every_preset_trains_at_small_width(train, dataset, preset):
-    bigram = {"BIGRAM_VOCAB_SIZE": 64} if T.resolve_config({"PRESET": preset}).bigram_vocab_size else {}
+    bigram = {"BIGRAM_VOCAB_SIZE": 64} if T.resolve_config({"PRESET": preset}).model.bigram_vocab_size else {}
     folder, _ = train(RUN_ID=preset, PRESET=preset, **{**SMALL_WIDTH, **bigram})
     losses = [event["train_loss"] for event in events(folder, "train")]
     assert losses[0] == pytest.approx(math.log(512), abs=0.3)
     assert losses[-1] < losses[0] - 0.4, losses
     meta = T.load_run(folder)[2]
-    assert meta["looping"] == bool(T.resolve_config({"PRESET": preset}).num_loops), "recurrence is on at the end and remembered"
+    assert meta["looping"] == bool(T.resolve_config({"PRESET": preset}).model.num_loops), "recurrence is on at the end and remembered"
 
 
 def test_the_benchmark_runs_any_preset_without_data(tmp_path, monkeypatch, capsys):

@@ -23,8 +23,9 @@ NOISE = {"QAT_LAST_FRAC": 0.5, "QAT_MODE": "noise", "QAT_NOISE_SCALE": 1.0, "MAT
 
 def twin(cfg: T.Config, looping_at: float = 2.0, qat_at: float = 2.0) -> dict[str, torch.Tensor]:
     """The averaged weights after training under SETTINGS, in micro-batches of two sequences."""
-    torch.manual_seed(cfg.seed)
-    model, stream = T.build_model(cfg), T.TokenStream(cfg.data_path, cfg.vocab_size)
+    torch.manual_seed(cfg.run.seed)
+    model, stream = T.build_model(cfg), T.TokenStream(cfg.run.data_path, cfg.model.vocab_size)
+    T.attach_fake_quantize(model, cfg)
     params = dict(model.named_parameters())
     moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in params.items()}
     average = {name: p.detach().clone() for name, p in params.items()}
@@ -64,7 +65,7 @@ def twin(cfg: T.Config, looping_at: float = 2.0, qat_at: float = 2.0) -> dict[st
                     m.mul_(0.8).add_(g, alpha=0.2)
                     v.mul_(0.97).addcmul_(g, g, value=0.03)
                     p.mul_(1 - rate * decay)
-                    p.sub_(rate * (m / (1 - 0.8 ** (step + 1))) / ((v / (1 - 0.97 ** (step + 1))).sqrt() + cfg.adam_eps))
+                    p.sub_(rate * (m / (1 - 0.8 ** (step + 1))) / ((v / (1 - 0.97 ** (step + 1))).sqrt() + cfg.train.adam_eps))
                 average[name].mul_(0.8).add_(p, alpha=0.2)
     return average
 
