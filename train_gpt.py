@@ -961,19 +961,20 @@ def attention(
     sink: Tensor | None = None,
     documents: Tensor | None = None,
     boundaries: Tensor | None = None,
+    longest: int = 0,
     backend: str = "plain",
 ) -> Tensor:
     """Causal attention q [B,Tq,H,D] over k, v [B,Tk,Hkv,D], Tk ≥ Tq (the surplus is a cache of earlier keys). Returns [B,Tq,H,D].
 
     sink: one learned key per KV head [Hkv, D] with zero value, seen by every query: it only enlarges the softmax's denominator.
-    documents: int [B,Tk]; keys of other documents are hidden; fa4 takes them as `boundaries` (`kernels.document_boundaries`). Every backend computes the same function (`naive_attention`).
+    documents: int [B,Tk]; keys of other documents are hidden; fa4 takes them as `boundaries` (`kernels.document_boundaries`), `longest` at most. Every backend computes the same function (`naive_attention`).
     """
     t_query, t_key = q.size(1), k.size(1)
     if t_query != t_key or (backend == "flex" and not torch.compiler.is_compiling()):
         backend = "plain"  # cached keys need a bottom-right mask; an uncompiled FlexAttention would materialize more than the mask
     masked = bool(window and window < t_key) or documents is not None
     if backend == "fa4":
-        return kernels.flash_attention(q, k, v, window=window if window < t_key else 0, sink=sink, boundaries=boundaries)
+        return kernels.flash_attention(q, k, v, window=window if window < t_key else 0, sink=sink, boundaries=boundaries, longest=longest)
     if backend == "plain" and not masked and t_query == t_key:
         backend = "flash"
     if sink is not None:
@@ -1368,6 +1369,7 @@ class ForwardContext:
     # number of each position's document, int [B,T]; [B, capacity] in a text that goes on. Only under DOCUMENT_MASK
     documents: Tensor | None
     boundaries: Tensor | None  # int32 [documents + 1, padded]: the same for fa4
+    longest: int  # positions of a document at most
     kernels: Kernels
     state: DecodeState | None = None
     goes_on: bool = False  # the state already holds a text, which this forward continues
@@ -1478,7 +1480,17 @@ class CausalAttention(nn.Module):
                 mask = ctx.cache_mask(q.size(1), self.window, keys.size(2), self.sink is not None)
                 return cached_attention(q, keys, values, mask)
         backend = ctx.kernels.windowed if self.windowed else ctx.kernels.full
-        return attention(q, k, v, window=self.window, sink=self.sink, documents=ctx.documents, boundaries=ctx.boundaries, backend=backend)
+        return attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            sink=self.sink,
+            documents=ctx.documents,
+            boundaries=ctx.boundaries,
+            longest=ctx.longest,
+            backend=backend,
+        )
 
 
 class SlidingWindowAttention(CausalAttention):
@@ -1813,7 +1825,8 @@ class GPT(nn.Module):
         angle = positions.float()[:, None] * frequency
         if boundaries is None and cfg.document_mask and not goes_on and "fa4" in (self.kernels.full, self.kernels.windowed):
             boundaries = kernels.document_boundaries(document_starts(ids, span))
-        ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, boundaries, self.kernels, state, goes_on)
+        longest = min(span or length, length)
+        ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, boundaries, longest, self.kernels, state, goes_on)
         return ctx, previous
 
     def forward(

@@ -388,17 +388,17 @@ def _flat(x: Tensor, boundaries: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("golf::flash_attention_4", mutates_args=())
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, longest: int, window: int) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     out, lse, *_ = _flash_attn_fwd(
-        *(_flat(x, boundaries) for x in (q, k, v)), return_lse=True, **_flash_arguments(window, boundaries, q.size(1))
+        *(_flat(x, boundaries) for x in (q, k, v)), return_lse=True, **_flash_arguments(window, boundaries, longest)
     )
     return out.view(q.shape), lse
 
 
 @_flash_forward.register_fake
-def _(q, k, v, boundaries, window):
+def _(q, k, v, boundaries, longest, window):
     batch, length, heads, _ = q.shape
     shape = (batch, heads, length) if boundaries is None else (heads, batch * length)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
@@ -406,47 +406,56 @@ def _(q, k, v, boundaries, window):
 
 @torch.library.custom_op("golf::flash_attention_4_backward", mutates_args=())
 def _flash_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, boundaries: Tensor | None, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    boundaries: Tensor | None,
+    longest: int,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
     q_, k_, v_, out_, d_out_ = (_flat(x, boundaries) for x in (q, k, v, out, d_out))
     gradients = _flash_attn_bwd(
         q_, k_, v_, out_, d_out_, lse, dlse=d_lse, deterministic=torch.are_deterministic_algorithms_enabled(),
-        **_flash_arguments(window, boundaries, q.size(1)),
+        **_flash_arguments(window, boundaries, longest),
     )  # fmt: skip
     return tuple(gradient.view(x.shape) for gradient, x in zip(gradients[:3], (q, k, v)))
 
 
 @_flash_backward.register_fake
-def _(q, k, v, out, lse, d_out, d_lse, boundaries, window):
+def _(q, k, v, out, lse, d_out, d_lse, boundaries, longest, window):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _flash_save(ctx, inputs, output) -> None:
-    q, k, v, boundaries, ctx.window = inputs
+    q, k, v, boundaries, ctx.longest, ctx.window = inputs
     ctx.save_for_backward(q, k, v, *output, boundaries)
     ctx.set_materialize_grads(False)
 
 
 def _flash_gradients(ctx, d_out, d_lse):
     q, k, v, out, lse, boundaries = ctx.saved_tensors
-    return *_flash_backward(q, k, v, out, lse, d_out.contiguous(), d_lse, boundaries, ctx.window), None, None
+    return *_flash_backward(q, k, v, out, lse, d_out.contiguous(), d_lse, boundaries, ctx.longest, ctx.window), None, None, None
 
 
 _flash_forward.register_autograd(_flash_gradients, setup_context=_flash_save)
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sink: Tensor | None = None, boundaries: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sink: Tensor | None = None, boundaries: Tensor | None = None, longest: int = 0
 ) -> Tensor:
     """Causal attention of q [B,T,H,D] over k, v [B,T,K,D] in bfloat16 through flash-attn-4.
 
     window: keys a query sees, its own included; 0: all. boundaries: int32, cumulative starts of documents in the flattened batch, repeated
-    at the end to a fixed count. sink: key [K,D] of zero value; it only adds exp(q·sink/√D) to the softmax's denominator, so that the output
+    at the end to a fixed count; longest: positions of a document at most (0: T). sink: key [K,D] of zero value; it only adds exp(q·sink/√D) to the softmax's denominator, so that the output
     shrinks by σ(lse − q·sink/√D).
     """
-    out, lse = _flash_forward(q, k, v, boundaries, window)
+    out, lse = _flash_forward(q, k, v, boundaries, longest or q.size(1), window)
     if sink is None:
         return out
     at_sink = torch.einsum("btkgd,kd->btkg", q.unflatten(2, (k.size(2), -1)).float(), sink.float()).flatten(2) / q.size(-1) ** 0.5
