@@ -59,10 +59,12 @@ from train_gpt import (
     DecodeState,
     EvalConfig,
     Kernels,
+    ModelConfig,
     RunContext,
     eval_batch_size,
     load_tokens,
     near_misses,
+    plan_kernels,
     resolve_config,
     setup_distributed,
 )
@@ -370,6 +372,18 @@ class Replay:
         return self.output
 
 
+def model_config(cfg: Config) -> ModelConfig:
+    """Documents that are scored from their own first token (EVAL_BY_DOCUMENT) do not see each other in a window either."""
+    return dataclasses.replace(cfg.model, document_mask=cfg.model.document_mask or cfg.eval.eval_by_document)
+
+
+def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
+    """The plain ones: kernels that choose a variant by timing it would not choose the same one twice. Masks by document have theirs."""
+    model = model_config(cfg)
+    plan = plan_kernels(dataclasses.replace(cfg, model=model), device, compiled=False)
+    return Kernels(full=plan.full, windowed=plan.windowed) if model.document_mask else Kernels()
+
+
 class Lockstep:
     """Everything that predicts the next token of P streams from those before: `predict(t)`, then `reveal(t, tokens)`, for t = 0, 1, …
 
@@ -381,10 +395,8 @@ class Lockstep:
             raise UserError(
                 "TTT_RESET_PER_DOC=1: streams in lockstep share their weights; compress with TTT_RESET_PER_DOC=0 or TTT_ENABLED=0"
             )
-        # The plain kernels: those that choose a variant by timing it would not choose the same one twice. Documents scored from their own
-        # first token are documents that do not see each other.
-        model.cfg = dataclasses.replace(cfg.model, document_mask=cfg.model.document_mask or cfg.eval.eval_by_document)
-        model.kernels = Kernels(full="plain" if model.cfg.document_mask else "flash", windowed="plain")
+        model.cfg = model_config(cfg)
+        model.kernels = choose_kernels(cfg, ctx.device)
         self.model, self.cfg, self.ctx, self.device = model, cfg, ctx, ctx.device
         self.targets, self.steps, rows = streams.targets, streams.steps, len(streams.targets)
         self.lengths = torch.from_numpy(streams.targets).to(self.device)
@@ -402,7 +414,8 @@ class Lockstep:
         self.mixture = ExpertMixture(experts, cfg.model.vocab_size, self.device) if experts.expert_names else None
         self.block_steps = max(1, round(cfg.eval.expert_block_tokens / rows))
         self.block: list[Tensor] = []  # logits [P, V] of the steps not counted yet
-        self.state = DecodeState(rows, min(self.window, max(self.steps, 1)), device=self.device)
+        capacity = min(self.window, max(self.steps, 4))  # 4: what `Replay` rehearses and records
+        self.state = DecodeState(rows, capacity, device=self.device)
         self.start = -1  # of the window that the state holds
         self.input = torch.full((rows, 1), BOS_ID, dtype=torch.int64, device=self.device)
         self.step: Replay | None = None
@@ -557,9 +570,10 @@ class CodedText:
         return cls(artifact, tokenizer, header, words, body[-32:])
 
 
-def machine(device: torch.device) -> dict:
+def machine(cfg: Config, device: torch.device) -> dict:
     """What decides the last bit of a probability, beside the code."""
-    facts = {"torch": torch.__version__}
+    kernels = choose_kernels(cfg, device)
+    facts = {"torch": torch.__version__, "attention": f"{kernels.full}, {kernels.windowed}"}
     if device.type == "cuda":
         return facts | {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return facts | {"device": f"cpu ({torch.backends.cpu.get_cpu_capability()})", "threads": torch.get_num_threads()}
@@ -585,7 +599,7 @@ class Session:
         self.spelling, self.byte_table = Spelling(tokenizer), ByteTable.from_tokenizer(tokenizer)
         self.artifact_hash = bytes.fromhex(sha256_file(path))
         self.tokenizer_hash = bytes.fromhex(tokenizer_hash(cfg.run.tokenizer_path))
-        self.machine = machine(self.ctx.device)
+        self.machine = machine(cfg, self.ctx.device)
 
     def lockstep(self, streams: Streams) -> Lockstep:
         return Lockstep(self.model, self.cfg, self.byte_table, self.ctx, streams)

@@ -1028,7 +1028,8 @@ def naive_attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
-    if q.device.type == "cpu" and q.size(2) != k.size(2):  # the CPU's fused kernel has no GQA
+    masked = "attn_mask" in how
+    if q.size(2) != k.size(2) and (masked or q.device.type == "cpu"):  # the fused kernels of either have no GQA
         k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **how).transpose(1, 2)
@@ -1104,7 +1105,8 @@ def chunked_gated_delta_rule(
 
     assert repeat * k.size(2) == heads
     q, k, v, g, beta = chunks(q) / math.sqrt(q.size(-1)), chunks(k), chunks(v), chunks(g), chunks(beta)
-    total = g.cumsum(-1)  # G
+    # G as a product: no cumsum of floats counts as deterministic on CUDA, and test-time training asks for gradients that are.
+    total = (g.double() @ torch.ones(chunk, chunk, dtype=torch.float64, device=g.device).triu()).float()
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     # The mask goes on before exp: above the diagonal G_i − G_j is positive and may overflow.
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, float("-inf")).exp()
