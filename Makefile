@@ -1,6 +1,7 @@
 # make demo       corpus → shards → trained model → artifact → val_bpb, from nothing but Python ≥ 3.10
 # make test       the CPU test suite (GPU tests are reported as skipped)
 # make test-gpu   the tests that need a CUDA GPU
+# make test-faults  kills, full disks, damaged files by the hundred; a part of them with FAULTS='-k evaluate'
 # make lint       ruff
 # Everything installs into .venv; PYTHON chooses the interpreter that makes it.
 
@@ -16,10 +17,10 @@ GPUS := $(if $(HAVE_GPU),$(shell nvidia-smi -L | wc -l),0)
 # Idle OpenMP threads sleep instead of spinning: on a machine whose cores are shared, spinning costs a small model a factor of four.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-gpu lint clean install
+.PHONY: demo test test-gpu test-faults lint clean install
 
 install: $(VENV)/.installed
-demo test test-gpu lint: $(VENV)/.installed
+demo test test-gpu test-faults lint: $(VENV)/.installed
 
 # Without a GPU torch comes first, as its CPU build: from the configured index if that has one, else from PyTorch's own.
 $(VENV)/.installed: requirements.txt requirements-dev.txt requirements-cuda.txt
@@ -44,6 +45,9 @@ test:
 
 test-gpu:
 	$(BIN)/python -m pytest -m gpu -s
+
+test-faults:
+	$(BIN)/python -m pytest -m faults -p no:cacheprovider tests/test_faults.py $(FAULTS)
 
 lint:
 	$(BIN)/ruff check .

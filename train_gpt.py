@@ -2007,6 +2007,9 @@ def nesterov(grads: list[Tensor], buffer: Tensor, momentum: Tensor) -> Tensor:
     return ahead.bfloat16() if ahead.is_cuda else ahead
 
 
+gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+
+
 class Muon:
     """Momentum, orthogonalized: each matrix moves by the Newton-Schulz factor of its Nesterov momentum (Jordan et al., 2024).
 
@@ -2036,7 +2039,7 @@ class Muon:
             mine = newton_schulz(mine, cfg.muon_backend_steps, cfg.muon_coefficients, cfg.muon_row_norm)
             if world > 1:
                 update = torch.empty_like(update)
-                dist.all_gather_into_tensor(update, mine.contiguous())
+                gather_tensor(update, mine.contiguous())
             else:
                 update = mine
             rows, columns = specs[0].shape
