@@ -66,6 +66,7 @@ from train_gpt import (
     load_tokens,
     maybe_compile,
     near_misses,
+    padded_lengths,
     parameter_table,
     plan_windows,
     resolve_config,
@@ -396,7 +397,11 @@ class ScoreFirstEvaluator:
             return 0.0
         began = time.perf_counter()
         size = min(targets, self.seq_len + (self.batch + 1) * self.cfg.eval_stride * self.ctx.world_size) + 1
+        # By document: one of every length that a window is filled up to, and one that needs a second window.
+        lengths = [*padded_lengths(self.seq_len), self.seq_len + self.cfg.eval_stride] if self.cfg.eval_by_document else [size]
+        size = max(size, sum(lengths))
         made_up = torch.randint(2, self.vocab_size, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        made_up[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = BOS_ID
         self.sliding(made_up)
         self.run(made_up, full)
         if self.trainer:
@@ -792,13 +797,14 @@ def audit_run(
     whole, trained_on, here = len(tokens) == there, artifact.meta.get("train_data_sha256"), None
     with contextlib.suppress(UserError):  # a folder of validation shards alone
         here = split_digest(cfg.run.data_path, "train")
-    # EVAL_TOKENS may cut a character spelled in bytes: the piece of it that is there is counted, not decoded.
-    cut = 0
-    while not whole and cut < targets and tokenizer.is_byte(int(tokens[-1 - cut])):
-        cut += 1
+    # EVAL_TOKENS may cut a character spelled in bytes, or a word from its case operator: what is there of it is counted, not decoded.
+    cut = 0 if whole else auditing.unfinished_tokens(tokens, tokenizer, BOS_ID)
     documents = auditing.decoded_documents(tokens[: len(tokens) - cut], tokenizer, BOS_ID)
     unscored = auditing.bytes_before_the_first_target(tokens, tokenizer, BOS_ID)
-    raw = {"decoded text": sum(map(len, documents)) + cut - unscored}
+    raw = {}
+    if evaluator.byte_table.recorded is None:  # else the export's tokens do not give the text back
+        counted = int(evaluator.byte_table.targets(tokens.to(ctx.device))[targets - cut :].sum())
+        raw["decoded text"] = sum(map(len, documents)) + counted - unscored
     of_raw_text = bool(manifest) and whole and "raw_bytes_counted_from" not in manifest
     if of_raw_text:
         raw["manifest"] = manifest["splits"]["val"]["raw_bytes"] - unscored

@@ -2325,10 +2325,11 @@ def padded_length(length: int, seq_len: int) -> int:
     Few lengths are few compilations. And a window's own length decides alone, so that its scores do not depend on which others it is
     batched with: on a CPU, to the bit (kernels work in blocks of at most 64 rows).
     """
-    padded = SHORTEST_PADDED
-    while padded < length:
-        padded *= 2
-    return min(padded, seq_len)
+    return next(padded for padded in padded_lengths(seq_len) if padded >= length)
+
+
+def padded_lengths(seq_len: int) -> list[int]:
+    return [*itertools.takewhile(lambda padded: padded < seq_len, (SHORTEST_PADDED << n for n in itertools.count())), seq_len]
 
 
 def score_windows(
@@ -2342,7 +2343,8 @@ def score_windows(
     for window in windows:
         width = seq_len if whole else padded_length(window.end - window.start, seq_len)
         scored = width - (window.score_from - window.start)  # counted from the padded end
-        groups.setdefault((width, min(stride, width) if scored <= stride else width), []).append(window)
+        narrow = scored <= stride and width == seq_len  # a shorter window's whole head costs less than another shape to compile
+        groups.setdefault((width, min(stride, width) if narrow else width), []).append(window)
     for (width, scored), members in groups.items():
         rows, offsets = batch_seqs * seq_len // width, torch.arange(width, device=device)
         for at in range(0, len(members), rows):

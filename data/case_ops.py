@@ -85,21 +85,24 @@ def decode(text: str) -> str:
 
 
 class CaseTokenizer:
-    """A SentencePieceProcessor whose pieces are those of transformed text, and which takes and gives the text itself."""
+    """A SentencePieceProcessor whose pieces are those of transformed text, and which takes and gives the text itself.
+
+    transformed: the processor, for whoever transforms alone
+    """
 
     def __init__(self, processor):
-        self._processor = processor
+        self.transformed = processor
 
     def __getattr__(self, name: str):
-        return getattr(self._processor, name)
+        return getattr(self.transformed, name)
 
     def encode(self, text: str | list[str], **options):
         """Tokens of a text, or of each of a list."""
-        return self._processor.encode(encode(text) if isinstance(text, str) else list(map(encode, text)), **options)
+        return self.transformed.encode(encode(text) if isinstance(text, str) else list(map(encode, text)), **options)
 
     def decode(self, tokens: list[int] | list[list[int]]):
         """The text of tokens, or of each list of a list. Raises UserError for tokens that no text has."""
-        written = self._processor.decode(tokens)
+        written = self.transformed.decode(tokens)
         try:
             return decode(written) if isinstance(written, str) else list(map(decode, written))
         except ValueError as error:

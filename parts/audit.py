@@ -20,6 +20,7 @@ text that was tokenized. That is the referee's part (parts/REFEREE.md). Target i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parts.files import UserError
 from parts.replica import Replica, ReplicaError
 
 PASS, FAIL, NOT_CHECKED, INCOMPLETE = "pass", "fail", "not checked", "incomplete"
@@ -230,6 +232,20 @@ def decoded_documents(tokens: Tensor, tokenizer, bos_id: int = 1) -> list[bytes]
     return [text.encode() for text in tokenizer.decode(pieces)]
 
 
+def unfinished_tokens(tokens: Tensor, tokenizer, bos_id: int = 1) -> int:
+    """How many tokens at the end of a stream that was cut have no text yet: bytes of a character, a case operator and what it has of its word."""
+    cut = 0
+    while cut < len(tokens) - 1:
+        if not tokenizer.is_byte(int(tokens[len(tokens) - 1 - cut])):
+            document = tokens[: len(tokens) - cut]
+            start = int((document == bos_id).nonzero()[-1]) + 1 if bool((document == bos_id).any()) else 0
+            with contextlib.suppress(UserError):
+                tokenizer.decode(document[start:].tolist())
+                return cut
+        cut += 1
+    return cut
+
+
 def bytes_before_the_first_target(tokens: Tensor, tokenizer, bos_id: int = 1) -> int:
     """Bytes of token 0's text, which is no target: 0 where it is BOS, as in every stream that begins with a document."""
     return 0 if int(tokens[0]) == bos_id else len(tokenizer.decode([int(tokens[0])]).encode())
@@ -251,7 +267,9 @@ def check_bytes(trace: Trace, raw_bytes: Mapping[str, int], of_raw_text: bool) -
     """The bytes that the score is divided by are the raw text's. raw_bytes: how they were counted -> count. of_raw_text: whether one of them
     was counted before tokenization; decoding cannot tell what a tokenizer changed, so without that nothing is proven."""
     wrong = {how: count for how, count in raw_bytes.items() if count != trace.bytes_scored}
-    figure = f"divided by {trace.bytes_scored:,} bytes; " + ", ".join(f"{how}: {count:,}" for how, count in raw_bytes.items())
+    figure = f"divided by {trace.bytes_scored:,} bytes; " + (
+        ", ".join(f"{how}: {count:,}" for how, count in raw_bytes.items()) or "as the export records them"
+    )
     figure += "" if of_raw_text else "; no count of the raw text to hold it against"
     verdict = FAIL if wrong else PASS if of_raw_text else NOT_CHECKED
     return Check(

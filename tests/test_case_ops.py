@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import sentencepiece as spm
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prepare, shards
@@ -44,6 +44,7 @@ def test_what_is_written(raw, written):
     assert decode(encode(raw)) == raw
 
 
+@settings(deadline=None)  # cores are shared
 @given(st.one_of(st.text(), texts))
 def test_any_text_comes_back(raw):
     written = encode(raw)
@@ -51,6 +52,7 @@ def test_any_text_comes_back(raw):
     assert not any(letter.isascii() and letter.isupper() for letter in written)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), texts))
 def test_operators_and_characters_make_up_the_raw_bytes(raw):
     assert sum(OPERATOR_BYTES.get(character, len(character.encode("utf-8", "surrogatepass"))) for character in encode(raw)) == len(
@@ -76,6 +78,7 @@ def test_what_is_never_written_is_refused():
             decode(wrong.translate(MARKS))
 
 
+@settings(deadline=None)
 @given(st.text("ab1 " + TITLE + ALLCAPS + CAPNEXT + ESCAPE, max_size=12))
 def test_decoding_is_strict_at_any_length(written):
     try:
@@ -185,3 +188,35 @@ def test_recorded_bytes_are_the_published_exports_denominator(published, tmp_pat
     (tmp_path / shards.shard_name("val_bytes", 0)).unlink()
     with pytest.raises(UserError, match="do not tell their bytes: fineweb_val_bytes_000000"):
         shards.ByteTable.for_validation(published, tmp_path)
+
+
+# --- what reads tokens as text
+
+
+@settings(deadline=None)
+@given(st.one_of(st.binary(), texts.map(lambda text: text.encode("utf-8", "surrogatepass"))))
+def test_the_codec_spells_any_bytes(built, data):
+    from codec import Spelling
+
+    spelling = Spelling(shards.load_tokenizer(built[1]))
+    assert spelling.decode(spelling.encode(data)) == data
+
+
+def test_a_cut_text_is_decoded_as_far_as_it_goes(built):
+    """Wherever EVAL_TOKENS cuts, decoded bytes and those of the unfinished tokens are the byte table's."""
+    import torch
+
+    from parts import audit
+
+    tokenizer = shards.load_tokenizer(built[1])
+    table = shards.ByteTable.from_tokenizer(tokenizer)
+    tokens = torch.tensor([1, *tokenizer.encode("a McCoy IN THE ABc 日本 The"), 1, *tokenizer.encode("Of \ue011")])
+    unfinished = []
+    for length in range(2, len(tokens) + 1):
+        part = tokens[:length]
+        cut = audit.unfinished_tokens(part, tokenizer)
+        counted = table.targets(part.numpy())
+        decoded = sum(map(len, audit.decoded_documents(part[: length - cut], tokenizer)))
+        assert decoded + counted[len(counted) - cut :].sum() == counted.sum()
+        unfinished.append(cut)
+    assert unfinished[-1] == 0 and 1 < max(unfinished) < 8
