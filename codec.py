@@ -13,7 +13,7 @@ them, or reads them. Nothing else in the loop knows which it is.
 
 Order of coding. The text's tokens are cut into P streams of about equal length, at document starts where one is near. Step t codes token t
 of every stream. Windows are those of `plan_windows` in each stream. Weights train after every P·n tokens, experts count after every P·m,
-where P·n and P·m are as near to TTT_CHUNK_TOKENS and EXPERT_BLOCK_TOKENS as whole steps allow.
+where P·n and P·m are as near to TTT_CHUNK_TOKENS and EXPERT_BLOCK_TOKENS as whole steps (n: whole strides) allow.
 
 Both directions must find the same probabilities to the last bit, so they run the same plain kernels on the same shapes, uncompiled, with
 deterministic gradients, and the file says on what it was written. A CPU's file decodes wherever the same build of torch runs on a CPU of the
@@ -349,11 +349,11 @@ class Channel:
 
 
 class Replay:
-    """A function without arguments, on fixed memory. On CUDA recorded once as a graph and replayed, elsewhere called: the same kernels."""
+    """A function without arguments, on fixed memory: recorded once as a CUDA graph and replayed, or called. The same kernels either way."""
 
-    def __init__(self, function: Callable[[], Tensor], device: torch.device):
+    def __init__(self, function: Callable[[], Tensor], record: bool):
         self.function, self.graph = function, None
-        if device.type != "cuda":
+        if not record:
             return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -410,6 +410,8 @@ class Lockstep:
             self.trainer = TestTimeTrainer(model, model, cfg.eval, cfg.run.seed, byte_table.to(self.device), ctx, seq_len)
             self.weights.enter_context(self.trainer.scoring_weights())
         self.chunk_steps = max(1, round(cfg.eval.ttt_chunk_tokens / rows))
+        if self.chunk_steps > self.stride:  # updates and windows both refill the caches: let them fall together
+            self.chunk_steps = round(self.chunk_steps / self.stride) * self.stride
         experts = dataclasses.replace(cfg.eval, expert_report=False)
         self.mixture = ExpertMixture(experts, cfg.model.vocab_size, self.device) if experts.expert_names else None
         self.block_steps = max(1, round(cfg.eval.expert_block_tokens / rows))
@@ -442,8 +444,6 @@ class Lockstep:
         if start != self.start:
             self.start = start
             return self._begin(start, t)
-        if self.step is None and self.device.type != "cuda":
-            self.step = Replay(self._step, self.device)
         self.input.copy_(self.tokens[:, t : t + 1])
         return self.step()
 
@@ -452,9 +452,11 @@ class Lockstep:
 
     def _begin(self, start: int, t: int) -> Tensor:
         """Fill the caches anew with inputs start … t, in parts that fit the device; logits of target t."""
-        if self.step is None and self.device.type == "cuda":  # record a step before anything is in the memory that its rehearsal writes to
-            self.model(self.input, state=self.state)
-            self.step = Replay(self._step, self.device)
+        if self.step is None:  # before anything is in the memory that a rehearsal writes to
+            record = self.device.type == "cuda" and self.cfg.run.compile != "0"
+            if record:
+                self.model(self.input, state=self.state)
+            self.step = Replay(self._step, record)
         rows = min(len(self.tokens), eval_batch_size(self.cfg.eval, t + 1 - start, self.device))
         self.state.begun = False
         parts = []
