@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import fnmatch
 import functools
+import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from torch import Tensor
 from data.shards import ByteTable, check_tokenizer, list_shards, load_shard, load_tokenizer
 from parts import packing
 from parts.artifact import artifact_settings, restore_weights
+from parts.bundle import bundle
 from parts.code import SCRIPT_NAME, code_bytes, code_script
 from parts.files import UserError, atomic_write, cli
 from parts.packing import Record
@@ -167,8 +166,8 @@ def prepare_hessian(hessian: Tensor, damp: float = 0.01) -> Prepared:
 
 
 @dataclass
-class Solved:
-    """A quantized batch of matrices. codes int8 [n, out, in]; scales float32 [n, out], holding float16 values.
+class Quantized:
+    """Matrices as symbols. codes int8 [n, out, in]; scales float32 [n, out], holding float16 values.
 
     Errors float64 [n]: tr(δ H δᵀ) of the result and of rounding to nearest, and tr(W H Wᵀ) to compare them with (H = I where
     no Hessian is known).
@@ -183,6 +182,15 @@ class Solved:
     def dequantized(self) -> Tensor:
         return self.codes.float() * self.scales[..., None]
 
+    @property
+    def relative_error(self) -> Tensor:
+        return self.error / self.power.clamp(min=1e-30)
+
+    def split(self) -> list[Quantized]:
+        """Each matrix alone, without the batch dimension, on the CPU."""
+        fields = [getattr(self, field.name).cpu() for field in dataclasses.fields(self)]
+        return [Quantized(*(field[i].clone() for field in fields)) for i in range(len(self.codes))]
+
 
 def gptq_batch(
     weight: Tensor,
@@ -193,7 +201,7 @@ def gptq_batch(
     block: int = 128,
     keep: Tensor | None = None,
     mantissa_bits: int = 10,
-) -> Solved:
+) -> Quantized:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323) of matrices of one shape at once, on the device they lie on.
 
     weight [n, out, in]; prepared: of the matrices' Hessians, or None for round to nearest; clip_sigmas: a number or [n];
@@ -215,7 +223,7 @@ def gptq_batch(
         nearest *= keep
     if prepared is None:
         error = weighted_error(nearest * scale[..., None] - weight, None)
-        return Solved(nearest.to(torch.int8), scale, error, error, weighted_error(weight, None))
+        return Quantized(nearest.to(torch.int8), scale, error, error, weighted_error(weight, None))
 
     n, out, columns = weight.shape
     hessian, order, factor = prepared.hessian, prepared.order, prepared.factor
@@ -249,7 +257,7 @@ def gptq_batch(
     codes = torch.where(worse[..., None], nearest, codes)
     ours = torch.where(worse, rtn, ours)
     power = weighted_error(weight, hessian)
-    return Solved(codes.to(torch.int8).contiguous(), scale, ours.double().sum(-1), rtn.double().sum(-1), power)
+    return Quantized(codes.to(torch.int8).contiguous(), scale, ours.double().sum(-1), rtn.double().sum(-1), power)
 
 
 def gptq(
@@ -340,9 +348,9 @@ def matmul_precision(name: str) -> Iterator[None]:
 class HessianObserver:
     """Accumulates H = Σ x xᵀ in float32 for each `Linear` (as its observer) and for the tied head (hook on `final_norm`).
 
-    Layers that run several times (depth recurrence, shared weights) add up all their calls. Layers that read the very same tensor (q, k
-    and v; parallel residuals) share one product. On CUDA the inputs are bfloat16: TF32 holds those exactly and accumulates in
-    float32, so that the fast path loses nothing.
+    Layers that run several times (depth recurrence, shared weights) add up all their calls. Layers that read the very same tensor one after
+    another (q, k and v) share one product. On CUDA the inputs are bfloat16: TF32 holds those exactly and accumulates in float32, so
+    that the fast path loses nothing.
     """
 
     def __init__(self, model: GPT):
@@ -443,7 +451,7 @@ def token_counts(cfg: Config, limit: int = 200_000_000) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Unit:
-    """A matrix, or some rows of one, that is quantized with one width and clip. `bits` 0: passed through as float16."""
+    """A matrix, or some rows of one, with the grid that it is rounded to. `bits` 0: passed through as float16."""
 
     name: str  # of its record: the parameter's, with @top or @rest where the rows are split
     param: str
@@ -452,6 +460,7 @@ class Unit:
     bits: int
     clip_sigmas: float
     keep: Tensor | None = None  # bool [out, in], False where pruned
+    quantized: Quantized | None = None  # once solved
 
     @property
     def step(self) -> float:
@@ -525,17 +534,6 @@ def make_units(model: GPT, cfg: QuantConfig, counts: np.ndarray | None = None) -
 # ----------------------------------------------------------------------------------------------------------------------
 # Solving and records
 # ----------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Solution:
-    """One unit's symbols, on the CPU, with the errors that judge them: tr(δ H δᵀ), and tr(W H Wᵀ) to compare with."""
-
-    codes: np.ndarray  # int8 [out, in]
-    scales: np.ndarray  # float16 [out]
-    error: float
-    rtn_error: float
-    power: float
-
-
 MAX_BATCH_ELEMENTS = 1 << 26  # weights a GPTQ batch: bounds its working memory at about 1.5 GB
 
 
@@ -548,8 +546,8 @@ class Solver:
         self.reference = hessians  # RTN's errors are weighed by the same Hessians
 
     @torch.no_grad()
-    def solve(self, units: list[Unit]) -> dict[str, Solution]:
-        """Unit name -> solution, for the units that have bits. Same-shaped units are solved as one batch."""
+    def solve(self, units: list[Unit]) -> list[Unit]:
+        """The units with their symbols, where they have bits. Same-shaped ones are solved as one batch."""
         groups: dict[tuple, list[Unit]] = {}
         for unit in units:
             if unit.bits:
@@ -560,13 +558,13 @@ class Solver:
                     key += (0,)
                     group = groups.setdefault(key, [])
                 group.append(unit)
-        solutions = {}
+        solved = {}
         with matmul_precision("highest"):  # TF32 would round the compensation that GPTQ is about
             for group in groups.values():
-                solutions.update(self._solve_group(group))
-        return solutions
+                solved |= {unit.name: one for unit, one in zip(group, self._solve_group(group).split())}
+        return [dataclasses.replace(unit, quantized=solved.get(unit.name)) for unit in units]
 
-    def _solve_group(self, group: list[Unit]) -> dict[str, Solution]:
+    def _solve_group(self, group: list[Unit]) -> Quantized:
         weight = torch.stack([unit.weight for unit in group])
         clip = torch.tensor([unit.clip_sigmas for unit in group])
         mantissa = self.cfg.scale_mantissa_bits
@@ -576,16 +574,13 @@ class Solver:
                 if unit.param not in self.prepared:
                     self.prepared[unit.param] = prepare_hessian(self.hessians[unit.param][None], self.cfg.gptq_damp)
             prepared = Prepared.stack([self.prepared[unit.param] for unit in group])
-            solved = gptq_batch(weight, prepared, group[0].bits, clip, block=self.cfg.gptq_block_size, keep=keep, mantissa_bits=mantissa)
-        else:
-            solved = gptq_batch(weight, None, group[0].bits, clip, keep=keep, mantissa_bits=mantissa)
-            if group[0].param in self.reference:
-                hessian = torch.stack([self.reference[unit.param] for unit in group])
-                solved.error = solved.rtn_error = weighted_error(solved.dequantized() - weight, hessian)
-                solved.power = weighted_error(weight, hessian)
-        codes, scales = solved.codes.cpu().numpy(), solved.scales.half().cpu().numpy()
-        numbers = torch.stack((solved.error, solved.rtn_error, solved.power), 1).tolist()
-        return {unit.name: Solution(codes[i], scales[i], *numbers[i]) for i, unit in enumerate(group)}
+            return gptq_batch(weight, prepared, group[0].bits, clip, block=self.cfg.gptq_block_size, keep=keep, mantissa_bits=mantissa)
+        solved = gptq_batch(weight, None, group[0].bits, clip, keep=keep, mantissa_bits=mantissa)
+        if group[0].param in self.reference:
+            hessian = torch.stack([self.reference[unit.param] for unit in group])
+            solved.error = solved.rtn_error = weighted_error(solved.dequantized() - weight, hessian)
+            solved.power = weighted_error(weight, hessian)
+        return solved
 
 
 LQER_BITS, LQER_CLIP = 4, 3.0  # near the least squared error of a 4-bit grid for a Gaussian
@@ -605,7 +600,7 @@ def error_directions(error: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor,
     return basis, float(((rows @ hessian) * rows).sum()) / max(total, 1e-30)
 
 
-def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: dict[str, Tensor], cfg: QuantConfig) -> list[Record]:
+def lqer_records(units: list[Unit], hessians: dict[str, Tensor], cfg: QuantConfig) -> list[Record]:
     """Rank-r correction of the error E = W − Q where it is closest to low rank (LQER, Zhang et al. 2024, arXiv:2402.02446).
 
     LQER weighs E by each input's root mean square; here the full Hessian does. The `lqer_top` units are those from which a rank-r
@@ -615,12 +610,10 @@ def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: di
     """
     candidates = []
     for unit in units:
-        if unit.bits and unit.param in hessians and solutions[unit.name].error > 0:
-            solution, device = solutions[unit.name], unit.weight.device
-            quantized = torch.from_numpy(solution.codes).to(device).float() * torch.from_numpy(solution.scales).to(device).float()[:, None]
-            error = unit.weight - quantized
+        if unit.bits and unit.param in hessians and unit.quantized.error > 0:
+            error = unit.weight - unit.quantized.dequantized().to(unit.weight.device)
             basis, share = error_directions(error, hessians[unit.param], min(cfg.lqer_rank, *error.shape))
-            candidates.append((share * solution.error, unit.name, error, basis))
+            candidates.append((share * float(unit.quantized.error), unit.name, error, basis))
     candidates.sort(key=lambda candidate: -candidate[0])
     records = []
     for _, name, error, basis in candidates[: cfg.lqer_top]:
@@ -632,19 +625,13 @@ def lqer_records(units: list[Unit], solutions: dict[str, Solution], hessians: di
     return records
 
 
-def make_records(
-    units: list[Unit],
-    solutions: dict[str, Solution],
-    tops: Mapping[str, np.ndarray],
-    hessians: dict[str, Tensor],
-    cfg: QuantConfig,
-) -> list[Record]:
-    """Everything the artifact stores, in packing order."""
+def make_records(units: list[Unit], tops: Mapping[str, np.ndarray], hessians: dict[str, Tensor], cfg: QuantConfig) -> list[Record]:
+    """Everything the artifact stores, in packing order. `units`: solved."""
     records = []
     for unit in units:
         if unit.bits:
-            solution = solutions[unit.name]
-            records.append(Record(unit.name, "codes", solution.codes, unit.bits, solution.scales))
+            codes, scales = unit.quantized.codes.numpy(), unit.quantized.scales.half().numpy()
+            records.append(Record(unit.name, "codes", codes, unit.bits, scales))
         else:
             value = unit.weight.half()
             if not torch.isfinite(value).all():
@@ -653,7 +640,7 @@ def make_records(
     for name, top in tops.items():
         records.append(Record(f"{name}@rows", "bytes", np.packbits(top)))
     if cfg.lqer_rank:
-        records += lqer_records(units, solutions, hessians, cfg)
+        records += lqer_records(units, hessians, cfg)
     return records
 
 
@@ -664,32 +651,35 @@ def make_records(
 class Packed:
     """One way to quantize the run, and what it costs."""
 
-    units: list[Unit]
-    solutions: dict[str, Solution]
+    units: list[Unit]  # solved
     records: list[Record]
     data: bytes  # the artifact
 
-    def role_errors(self) -> dict[str, dict]:
+    @functools.cached_property
+    def roles(self) -> dict[str, dict]:
         """Per role: weights, widths, clips, relative Hessian-weighted errors, and the entropy of its symbols in bytes."""
-        roles: dict[str, dict] = {}
-        for unit in self.units:
-            role = roles.setdefault(unit.role, {"weights": 0, "bits": set(), "clips": set(), "bytes": 0.0})
-            role["weights"] += unit.weight.numel()
-            role["bits"].add(unit.bits or 16)
-            if not unit.bits:
-                role["bytes"] += 2 * unit.weight.numel()
-                continue
-            role["clips"].add(round(unit.clip_sigmas, 2))
-            solution = self.solutions[unit.name]
-            role["bytes"] += entropy_bytes(solution.codes) + 2 * len(solution.codes)
-            role.setdefault("matrices", []).append(solution)
-        for role in roles.values():
-            matrices = role.pop("matrices", [])
-            # The mean over matrices of each one's relative error: their outputs enter the residual stream on equal terms.
-            for name in ("error", "rtn_error"):
-                role[name] = float(np.mean([getattr(s, name) / max(s.power, 1e-30) for s in matrices])) if matrices else 0.0
-            role["bits"], role["clips"] = sorted(role["bits"]), sorted(role["clips"])
-        return roles
+        return {
+            role: _role_summary([unit for unit in self.units if unit.role == role]) for role in dict.fromkeys(u.role for u in self.units)
+        }
+
+
+def _role_summary(units: list[Unit]) -> dict:
+    coded = [unit for unit in units if unit.bits]
+    plain = sum(2 * unit.weight.numel() for unit in units if not unit.bits)
+    matrices = [unit.quantized for unit in coded]
+
+    def mean_error(name: str) -> float:
+        """Of each matrix's relative error: their outputs enter the residual stream on equal terms."""
+        return float(np.mean([float(getattr(m, name)) / max(float(m.power), 1e-30) for m in matrices])) if matrices else 0.0
+
+    return {
+        "weights": sum(unit.weight.numel() for unit in units),
+        "bits": sorted({unit.bits or 16 for unit in units}),
+        "clips": sorted({round(unit.clip_sigmas, 2) for unit in coded}),
+        "bytes": plain + sum(entropy_bytes(m.codes.numpy()) + 2 * len(m.codes) for m in matrices),
+        "error": mean_error("error"),
+        "rtn_error": mean_error("rtn_error"),
+    }
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
@@ -744,23 +734,20 @@ class Quantizer:
         return make_units(self.model, cfg.quant, self._counts)
 
     def header(self, cfg: Config) -> dict:
-        calibration = round(self.seconds["calibration"], 3)
-        kept = ("looping", "steps", "tokens", "world_size", "device", "torch", "tokenizer_sha256", "train_data_sha256", "val_data_sha256")
-        header = {key: self.meta[key] for key in kept if key in self.meta}
-        header.update(
-            config=artifact_settings(cfg), calibration_seconds=calibration, train_seconds=round(self.meta["train_seconds"] + calibration, 3)
-        )
-        return header
+        """What the artifact says of its model. The same for every run of the command: how long it took is quantize.json's."""
+        kept = ("looping", "steps", "tokens", "train_seconds", "world_size", "device", "torch")
+        ties = ("tokenizer_sha256", "train_data_sha256", "val_data_sha256")
+        return {**{key: self.meta[key] for key in (*kept, *ties) if key in self.meta}, "config": artifact_settings(cfg)}
 
     def pack(self, units: list[Unit], tops: Mapping[str, np.ndarray], cfg: Config | None = None) -> Packed:
         """Solve and pack. `cfg` may differ from the quantizer's in quantization settings."""
         cfg = cfg or self.cfg
         with self.clock("solving"):
-            solutions = Solver(self.hessians, cfg.quant, self.prepared.setdefault(cfg.quant.gptq_damp, {})).solve(units)
-            records = make_records(units, solutions, tops, self.hessians, cfg.quant)
+            units = Solver(self.hessians, cfg.quant, self.prepared.setdefault(cfg.quant.gptq_damp, {})).solve(units)
+            records = make_records(units, tops, self.hessians, cfg.quant)
         with self.clock("packing"):
             data = packing.pack_artifact(self.header(cfg), records, cfg.quant.compressor)
-        return Packed(units, solutions, records, data)
+        return Packed(units, records, data)
 
     @contextlib.contextmanager
     def weights_replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -793,9 +780,9 @@ class Quantizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Search for a target size
 # ----------------------------------------------------------------------------------------------------------------------
-# At these resolutions a symbol's entropy is h − log2(step) and its squared error is proportional to step². Bytes are
-# therefore almost linear in log2(step), which a secant finds in a few trials; and for a given total, Σ c_r x_r² is least under
-# Σ n_r log2 x_r = const at x_r² ∝ n_r / c_r, with c_r the loss that role r costs at its default step and n_r its weights.
+# A symbol costs about the entropy of a Gaussian rounded with its unit's step; how much more or less each trial tells. At fine steps the
+# squared error is proportional to step², so that for a given total Σ c_r x_r² is least under Σ n_r log2 x_r = const at
+# x_r² ∝ n_r / c_r, with c_r the loss that role r costs at its default step and n_r its weights.
 SEARCH_TRIALS = 12
 SEARCH_SENSITIVITY_BATCHES = 8
 CLIP_LEAST = 8.0  # below, clipping costs more than the finer grid gains; more bits take over
@@ -810,7 +797,18 @@ def with_step(unit: Unit, multiple: float, dropped: int = 0) -> Unit:
     while clip < least and bits < 8:
         clip *= largest_code(bits + 1) / largest_code(bits)
         bits += 1
-    return dataclasses.replace(unit, bits=bits, clip_sigmas=max(clip, least))
+    return dataclasses.replace(unit, bits=bits, clip_sigmas=max(clip, least), quantized=None)
+
+
+@functools.lru_cache(1 << 14)
+def gaussian_bits(bits: int, clip_sigmas: float) -> float:
+    """Entropy, in bits, of a standard Gaussian rounded to the grid of SDClip: what a symbol costs before any trial."""
+    top = largest_code(bits)
+    edges = (np.arange(-top, top) + 0.5) * (clip_sigmas / top)
+    below = np.array([0.0, *(0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges), 1.0])
+    mass = np.diff(below)
+    mass = mass[mass > 0]
+    return float(-(mass * np.log2(mass)).sum())
 
 
 def balance_roles(rises: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:
@@ -825,113 +823,179 @@ def balance_roles(rises: Mapping[str, float], weights: Mapping[str, int]) -> dic
     return {role: 2.0**value for role, value in raw.items()}
 
 
-def search_target(quantizer: Quantizer, target: int, seconds: float, log) -> tuple[Packed, dict]:
-    """The plan whose artifact plus code lands just under `target` bytes; -> (packed, report).
+def measured_balance(quantizer: Quantizer, packed: Packed) -> tuple[dict[str, float], dict[str, float]]:
+    """-> (rise of the training loss by role, step multiples by role that balance them). Empty where nothing has bits."""
+    coded = [unit for unit in packed.units if unit.bits]
+    if not coded:
+        return {}, {}
+    rises = quantizer.sensitivities(packed, min(SEARCH_SENSITIVITY_BATCHES, quantizer.cfg.quant.gptq_calibration_batches))
+    return rises, balance_roles(rises, {role: sum(unit.weight.numel() for unit in coded if unit.role == role) for role in rises})
+
+
+@dataclass
+class Trial:
+    """A plan that was solved and packed: all steps times 2^level, some bits dropped by unit; its total bytes, its predicted loss rise."""
+
+    level: float
+    dropped: dict[str, int]
+    total: int
+    loss: float
+    packed: Packed
+
+
+class Search:
+    """The plan whose artifact plus code lands just under `target` bytes.
 
     Dials: one multiple of all steps, a ratio by role from measured sensitivities, and bits off the least sensitive tensors where the
-    multiple reaches STEP_MOST. A trial is a full solve and pack, so that the bytes are real. Bounded by SEARCH_TRIALS and
-    `seconds`. Raises UserError where nothing tried fits.
+    multiple reaches STEP_MOST. A trial is a full solve and pack, so that the bytes are real; the next one is where the Gaussian model,
+    moved by what the last trial showed, meets the target. Bounded by SEARCH_TRIALS and `seconds`.
     """
-    began, code = time.perf_counter(), code_bytes()
-    base, tops = quantizer.units()
-    coded = [unit for unit in base if unit.bits]
-    first = quantizer.pack(base, tops)
-    rises = quantizer.sensitivities(first, min(SEARCH_SENSITIVITY_BATCHES, quantizer.cfg.quant.gptq_calibration_batches))
-    sizes = {role: sum(unit.weight.numel() for unit in coded if unit.role == role) for role in rises}
-    ratios = balance_roles(rises, sizes)
-    log("search: training loss rises by role " + " ".join(f"{role} {rise:+.5f}" for role, rise in rises.items()))
-    log("search: step ratios " + " ".join(f"{role} {ratio:.2f}" for role, ratio in ratios.items()))
-    dropped: dict[str, int] = {}
-    trials: list[tuple[float, int, Packed, float]] = []
 
-    def cost(packed: Packed) -> float:
+    def __init__(self, quantizer: Quantizer, target: int, seconds: float, log):
+        self.quantizer, self.target, self.seconds, self.log = quantizer, target, seconds, log
+        self.began, self.code = time.perf_counter(), code_bytes()
+        units, self.tops = quantizer.units()
+        self.first = quantizer.pack(units, self.tops)
+        self.base = self.first.units
+        self.coded = [unit for unit in self.base if unit.bits]
+        self.rises, self.ratios = measured_balance(quantizer, self.first)
+        steps = [CLIP_LEAST / largest_code(8) / unit.step / self.ratios[unit.role] for unit in self.coded]
+        self.finest, self.coarsest = min([0.0, *map(math.log2, steps)]), math.log2(STEP_MOST)
+        self.dropped: dict[str, int] = {}
+        self.trials: list[Trial] = []
+        self.surplus = len(self.first.data) + self.code - self.modelled(self.coded)  # bytes over the model's, at the latest trial
+        self.note = ""
+
+    def run(self) -> tuple[Packed, dict]:
+        """-> (the best plan that fits, report). Raises UserError where none does."""
+        for name, values, form in (("training loss rises by role", self.rises, "+.5f"), ("step ratios", self.ratios, ".2f")):
+            self.log(f"search: {name} " + " ".join(f"{role} {value:{form}}" for role, value in values.items()))
+        level = self.propose()
+        while level is not None:
+            trial = self.attempt(level)
+            level = None if self.landed(trial) or self.out_of_time() else self.propose()
+        if not self.fitting():
+            least = min(trial.total for trial in self.trials)
+            raise UserError(f"TARGET_BYTES={self.target}: the smallest plan takes {least} bytes, {self.code} of them code")
+        best = min(self.fitting(), key=lambda trial: (trial.loss, -trial.total))
+        return best.packed, self.report(best)
+
+    def plan(self, level: float, units: list[Unit] | None = None) -> list[Unit]:
+        """Units with all steps times 2^level, bits dropped as decided."""
+        units = self.base if units is None else units
+        return [with_step(u, 2.0**level * self.ratios[u.role], self.dropped.get(u.name, 0)) if u.bits else u for u in units]
+
+    @staticmethod
+    def modelled(units: list[Unit]) -> float:
+        return sum(unit.weight.numel() * gaussian_bits(unit.bits, unit.clip_sigmas) for unit in units) / 8
+
+    def predicted(self, level: float) -> float:
+        """Total bytes at a level."""
+        return self.surplus + self.modelled(self.plan(level, self.coded))
+
+    def attempt(self, level: float) -> Trial:
+        packed = self.quantizer.pack(self.plan(level), self.tops)
+        total = len(packed.data) + self.code
+        trial = Trial(level, dict(self.dropped), total, self.loss_of(packed), packed)
+        self.trials.append(trial)
+        self.surplus += total - self.predicted(level)
+        self.log(
+            f"search: step x{2.0**level:.4f}, {sum(self.dropped.values())} bits dropped -> {total:,} bytes ({total - self.target:+,} of target), "
+            f"predicted loss {trial.loss:+.5f}"
+        )
+        return trial
+
+    def loss_of(self, packed: Packed) -> float:
         """Predicted rise of the loss: each role's, scaled by how its weighted error changed."""
-        before, after = first.role_errors(), packed.role_errors()
-        return sum(max(rise, 0.0) * after[role]["error"] / max(before[role]["error"], 1e-30) for role, rise in rises.items())
+        before, after = self.first.roles, packed.roles
+        return sum(max(rise, 0.0) * after[role]["error"] / max(before[role]["error"], 1e-30) for role, rise in self.rises.items())
 
-    def attempt(level: float) -> int:
-        """Total bytes at 2^level times the default steps."""
-        units = [with_step(u, 2.0**level * ratios[u.role], dropped.get(u.name, 0)) if u.bits else u for u in base]
-        packed = quantizer.pack(units, tops)
-        total = len(packed.data) + code
-        trials.append((level, total, packed, cost(packed)))
-        log(f"search: step x{2.0**level:.4f} -> {total:,} bytes ({total - target:+,} of target), predicted loss {trials[-1][3]:+.5f}")
-        return total
+    def fitting(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.total <= self.target]
 
-    def fits() -> list[tuple]:
-        return [trial for trial in trials if trial[1] <= target]
+    def landed(self, trial: Trial) -> bool:
+        tolerated = LANDING[1] if len(self.trials) > 5 else 3 * LANDING[0]
+        return self.target - tolerated <= trial.total <= self.target
 
-    def out_of_time() -> bool:
-        return len(trials) >= SEARCH_TRIALS or (time.perf_counter() - began > seconds and bool(fits()))
+    def out_of_time(self) -> bool:
+        return len(self.trials) >= SEARCH_TRIALS or (time.perf_counter() - self.began > self.seconds and bool(self.fitting()))
 
-    slope = sum(unit.weight.numel() for unit in coded) / 8  # bytes an octave of the step
-    finest = math.log2(min(CLIP_LEAST / largest_code(8) / unit.step / ratios[unit.role] for unit in coded)) if coded else 0.0
-    finest, coarsest = min(finest, 0.0), math.log2(STEP_MOST)
-    aim, level = target - LANDING[0], 0.0
-    above: tuple[float, int] | None = None  # (level, total) over the target, and under it
-    below: tuple[float, int] | None = None
-    note = ""
-    while not out_of_time():
-        total = attempt(level)
-        if target - 3 * LANDING[0] <= total <= target or (total >= target - LANDING[1] and total <= target and len(trials) > 5):
-            break
-        if total > target:
-            above = (level, total)
-            if level >= coarsest:  # the multiple is exhausted: take bits from the tensors that mind least
-                if not _drop_bits(coded, trials[-1][2], dropped, total - aim):
-                    break
-                above = below = None
-                level = coarsest - 0.1
-                continue
-        else:
-            below = (level, total)
-            if level <= finest:
-                note = f"even the finest grid (8 bits, k={CLIP_LEAST:g}) leaves {target - total:,} bytes unused"
-                break
-        if above and below:
-            share = (above[1] - aim) / max(above[1] - below[1], 1)
-            level = above[0] + (below[0] - above[0]) * min(0.95, max(0.05, share))
-        else:
-            level = min(coarsest, max(finest, level + (total - aim) / slope))
-    if not fits():
-        least = min(trial[1] for trial in trials)
-        raise UserError(f"TARGET_BYTES={target}: the smallest plan tried takes {least} bytes, {code} of them code")
-    level, total, packed, predicted = min(fits(), key=lambda trial: (trial[3], -trial[1]))
-    if target - total > LANDING[1] and not note:
-        note = f"stopped {target - total:,} bytes short of the target after {len(trials)} trials"
-    before, after = first.role_errors(), packed.role_errors()
-    report = {
-        "target": target,
-        "total": total,
-        "step_multiple": 2.0**level,
-        "role_ratios": ratios,
-        "loss_rise_by_role": rises,
-        "bits_dropped": dropped,
-        "weighted_error": {role: [before[role]["error"], after[role]["error"]] for role in rises},
-        "predicted_loss_rise": [sum(max(rise, 0.0) for rise in rises.values()), predicted],
-        "trials": [{"step_multiple": 2.0 ** trial[0], "total": trial[1], "predicted": trial[3]} for trial in trials],
-        "seconds": time.perf_counter() - began,
-        "note": note,
-    }
-    return packed, report
+    def propose(self) -> float | None:
+        """The level to try next, after dropping the bits that it takes; None where there is nothing left to try."""
+        if self.trials and not self.coded:
+            self.note = "no tensor has bits: there is nothing to search"
+            return None
+        aim = self.target - LANDING[0]
+        exhausted = any(trial.dropped == self.dropped and trial.level > self.coarsest - 1e-3 for trial in self.trials)
+        doubt = 0.0 if exhausted else 0.02 * self.modelled(self.plan(self.coarsest, self.coded))  # a trial tells before bits go
+        while self.predicted(self.coarsest) > aim + doubt and self.drop_bit():
+            pass
+        level = self.solve_level(aim)
+        same = [trial for trial in self.trials if trial.dropped == self.dropped]
+        over = max((trial for trial in same if trial.total > self.target), key=lambda trial: trial.level, default=None)
+        under = min((trial for trial in same if trial.total <= self.target), key=lambda trial: trial.level, default=None)
+        if over and under and not over.level < level < under.level:
+            share = (over.total - aim) / max(over.total - under.total, 1)
+            level = over.level + (under.level - over.level) * min(0.95, max(0.05, share))
+        if under and under.level <= self.finest:
+            self.note = f"even the finest grid (8 bits, k={CLIP_LEAST:g}) leaves {self.target - under.total:,} bytes unused"
+            return None
+        return None if any(abs(trial.level - level) < 1e-4 for trial in same) else level
 
+    def solve_level(self, aim: float) -> float:
+        """The level whose predicted bytes are `aim`, between the finest and the coarsest."""
+        low, high = self.finest, self.coarsest
+        if self.predicted(low) <= aim:
+            return low
+        if self.predicted(high) >= aim:
+            return high
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.predicted(middle) > aim else (low, middle)
+        return high
 
-def _drop_bits(coded: list[Unit], packed: Packed, dropped: dict[str, int], excess: int) -> bool:
-    """Mark units to lose a bit, least added error a byte first, until about `excess` bytes are saved. False: nothing left to take."""
-    current = {unit.name: unit for unit in packed.units}
+    def drop_bit(self) -> bool:
+        """Take a bit from the unit whose error grows least a byte saved, at the coarsest steps. False: nothing left to take."""
+        best = None
+        for unit in self.coded:
+            (now,) = self.plan(self.coarsest, [unit])
+            if now.bits > 2:
+                count = self.dropped.get(unit.name, 0)
+                after = with_step(unit, 2.0**self.coarsest * self.ratios[unit.role], count + 1)
+                saved = self.modelled([now]) - self.modelled([after])
+                price = float(unit.quantized.relative_error) * 4.0**count / max(saved, 1e-9)  # half the step's bits quadruple each alike
+                if best is None or price < best[0]:
+                    best = (price, unit.name)
+        if best:
+            self.dropped[best[1]] = self.dropped.get(best[1], 0) + 1
+        return best is not None
 
-    def price(unit: Unit) -> float:
-        solution = packed.solutions[unit.name]
-        return solution.error / max(solution.power, 1e-30) / unit.weight.numel()  # half the step's bits quadruple each alike
-
-    saved = 0.0
-    for unit in sorted(coded, key=price):
-        if saved >= excess:
-            break
-        if current[unit.name].bits > 2:
-            dropped[unit.name] = dropped.get(unit.name, 0) + 1
-            saved += unit.weight.numel() / 8
-    return saved > 0
+    def report(self, best: Trial) -> dict:
+        """What quantize.json holds of it."""
+        if self.target - best.total > LANDING[1] and not self.note:
+            self.note = f"stopped {self.target - best.total:,} bytes short of the target after {len(self.trials)} trials"
+        before, after = self.first.roles, best.packed.roles
+        return {
+            "target": self.target,
+            "total": best.total,
+            "step_multiple": 2.0**best.level,
+            "role_ratios": self.ratios,
+            "loss_rise_by_role": self.rises,
+            "bits_dropped": best.dropped,
+            "weighted_error": {role: [before[role]["error"], after[role]["error"]] for role in self.rises},
+            "predicted_loss_rise": [sum(max(rise, 0.0) for rise in self.rises.values()), best.loss],
+            "trials": [
+                {
+                    "step_multiple": 2.0**trial.level,
+                    "bits_dropped": sum(trial.dropped.values()),
+                    "total": trial.total,
+                    "predicted": trial.loss,
+                }
+                for trial in self.trials
+            ],
+            "seconds": time.perf_counter() - self.began,
+            "note": self.note,
+        }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1006,22 +1070,22 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) 
     ctx.log(f"calibration: {positions:,} training tokens, loss {quantizer.float_loss:.4f}, {quantizer.seconds['calibration']:.1f}s")
     search = None
     if cfg.quant.target_bytes:
-        packed, search = search_target(quantizer, cfg.quant.target_bytes, search_seconds, ctx.log)
-        # The search read training data too: the header's seconds grew while it ran.
-        packed.data = packing.pack_artifact(quantizer.header(cfg), packed.records, cfg.quant.compressor)
+        packed, search = Search(quantizer, cfg.quant.target_bytes, search_seconds, ctx.log).run()
     else:
         packed = quantizer.pack(*quantizer.units())
     with atomic_write(run_dir / SCRIPT_NAME) as temporary:
         temporary.write_bytes(code_script())
+    (run_dir / "eval.json").unlink(missing_ok=True)  # the score of what stood here before
     with atomic_write(run_dir / "artifact.bin") as temporary:
         temporary.write_bytes(packed.data)
     model_bytes = (run_dir / "artifact.bin").stat().st_size
     script_bytes = (run_dir / SCRIPT_NAME).stat().st_size
     total = model_bytes + script_bytes
-    roles = packed.role_errors()
-    header = quantizer.header(cfg)
+    seconds = quantizer.seconds
+    train_seconds = round(quantizer.meta["train_seconds"] + seconds["calibration"], 3)
     report = {
         "artifact": str(run_dir / "artifact.bin"),
+        "artifact_sha256": hashlib.sha256(packed.data).hexdigest(),
         "bytes_model": model_bytes,
         "bytes_code": script_bytes,
         "bytes_code_training": code_bytes("train_gpt"),
@@ -1032,27 +1096,25 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) 
         "calibration_loss": quantizer.float_loss,
         "calibration_tokens": positions,
         "train_seconds": quantizer.meta["train_seconds"],
-        "train_seconds_with_calibration": header["train_seconds"],
-        "seconds": quantizer.seconds,
-        "roles": roles,
+        "train_seconds_with_calibration": train_seconds,
+        "seconds": seconds,
+        "roles": packed.roles,
         "units": [
             {"name": u.name, "role": u.role, "bits": u.bits or 16, "clip_sigmas": u.clip_sigmas, "shape": list(u.weight.shape)}
             for u in packed.units
         ],
         "search": search,
     }
-    for line in role_table(roles):
+    for line in role_table(packed.roles):
         ctx.log(line)
     if search:
         for line in search_lines(search):
             ctx.log(line)
-    seconds = quantizer.seconds
     ctx.log(f"seconds: calibration {seconds['calibration']:.1f}, solving {seconds['solving']:.1f}, packing {seconds['packing']:.1f}")
     budget = f" of MAX_WALLCLOCK_SECONDS={cfg.train.max_wallclock_seconds:g}" if cfg.train.max_wallclock_seconds else ""
-    late = " - OVER BUDGET" if 0 < cfg.train.max_wallclock_seconds < header["train_seconds"] else ""
+    late = " - OVER BUDGET" if 0 < cfg.train.max_wallclock_seconds < train_seconds else ""
     ctx.log(
-        f"training {quantizer.meta['train_seconds']:.1f}s + calibration {seconds['calibration']:.1f}s = "
-        f"{header['train_seconds']:.1f}s{budget}{late}"
+        f"training {quantizer.meta['train_seconds']:.1f}s + calibration {seconds['calibration']:.1f}s = {train_seconds:.1f}s{budget}{late}"
     )
     verdict = f"{SIZE_LIMIT_BYTES - total:,} to spare" if total <= SIZE_LIMIT_BYTES else f"{total - SIZE_LIMIT_BYTES:,} TOO MANY"
     ctx.log(f"bytes: model {model_bytes:,} + code {script_bytes:,} = {total:,} of {SIZE_LIMIT_BYTES:,} ({verdict})")
@@ -1099,6 +1161,8 @@ VARIANTS = (
     Variant("lqer4", {"lqer_rank": 4, "lqer_top": 3}),
     Variant("lqer4-as-k", bytes_of="lqer4"),
     Variant("damp.001", {"gptq_damp": 0.001}),
+    Variant("damp.03", {"gptq_damp": 0.03}, bytes_of="gptq6"),
+    Variant("damp.1", {"gptq_damp": 0.1}, bytes_of="gptq6"),
     Variant("hadamard", {"hadamard_vo": True}),
 )
 
@@ -1107,13 +1171,8 @@ def fit_bytes(quantizer: Quantizer, cfg: Config, target: int, balanced: bool) ->
     """Scale all steps until the artifact is within 0.05 % of `target` bytes."""
     units, tops = quantizer.units(cfg)
     coded = [unit for unit in units if unit.bits]
-    ratios = {unit.role: 1.0 for unit in coded}
-    if balanced:
-        rises = quantizer.sensitivities(
-            quantizer.pack(units, tops, cfg), min(SEARCH_SENSITIVITY_BATCHES, cfg.quant.gptq_calibration_batches)
-        )
-        ratios = balance_roles(rises, {role: sum(u.weight.numel() for u in coded if u.role == role) for role in rises})
-    slope, level = sum(unit.weight.numel() for unit in coded) / 8, 0.0
+    ratios = measured_balance(quantizer, quantizer.pack(units, tops, cfg))[1] if balanced else {unit.role: 1.0 for unit in coded}
+    slope, level = sum(unit.weight.numel() for unit in coded) / 8, 0.0  # an octave of the step: a bit a symbol
     for _ in range(5):
         scaled = [with_step(unit, 2.0**level * ratios[unit.role]) if unit.bits else unit for unit in units]
         packed = quantizer.pack(scaled, tops, cfg)
@@ -1123,161 +1182,99 @@ def fit_bytes(quantizer: Quantizer, cfg: Config, target: int, balanced: bool) ->
     return packed
 
 
+class Table:
+    """`python quantize.py table`: bytes and val_bpb of a run under each variant. One process."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.cfg = run_dir, open_run(run_dir)
+        self.ctx = setup_distributed(self.cfg.run.device)
+        if self.ctx.world_size > 1:
+            raise UserError("the table is made by one process: run it without torchrun")
+        cfg = self.cfg
+        self.tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, cfg.train.val_tokens)
+        self.byte_table = ByteTable.for_validation(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), cfg.run.data_path)
+        self.quantizers: dict[bool, Quantizer] = {}
+        self.sizes: dict[str, int] = {}
+        self.float_bpb = self.bpb(self.quantizer(cfg), {})
+
+    def quantizer(self, cfg: Config) -> Quantizer:
+        """Rotation changes weights and Hessians: each kind is calibrated once."""
+        rotated = cfg.quant.hadamard_vo
+        if rotated not in self.quantizers:
+            self.quantizers[rotated] = Quantizer(self.run_dir, self.cfg.replace(hadamard_vo=rotated), self.ctx)
+            self.quantizers[rotated].calibrate()
+        return self.quantizers[rotated]
+
+    def bpb(self, quantizer: Quantizer, weights: Mapping[str, Tensor]) -> float:
+        cfg, length = self.cfg, self.cfg.train.train_seq_len
+        with quantizer.weights_replaced(weights):
+            return evaluate(quantizer.model, self.tokens, self.byte_table, cfg.eval, self.ctx, length, length).val_bpb
+
+    def settings_of(self, variant: Variant) -> dict:
+        settings = dict(variant.settings)
+        if settings.get("embed_split_top", 0) < 0:  # a fraction of the vocabulary
+            settings["embed_split_top"] = self.cfg.model.vocab_size // -settings["embed_split_top"]
+        return settings
+
+    def row(self, variant: Variant) -> dict:
+        """A line of the table. What it compares its bytes with has been measured before."""
+        cfg = self.cfg.replace(**self.settings_of(variant))
+        quantizer = self.quantizer(cfg)
+        before = dict(quantizer.seconds)
+        if variant.bytes_of:
+            packed = fit_bytes(quantizer, cfg, self.sizes[variant.bytes_of], variant.balanced)
+        else:
+            packed = quantizer.pack(*quantizer.units(cfg), cfg)
+        self.sizes[variant.name] = len(packed.data)
+        shapes = {name: tuple(param.shape) for name, param in quantizer.model.named_parameters()}
+        score = self.bpb(quantizer, restore_weights(packed.records, shapes))
+        return {
+            "variant": variant.name,
+            "settings": self.settings_of(variant),
+            "bytes_of": variant.bytes_of,
+            "val_bpb": score,
+            "rise": score - self.float_bpb,
+            "bytes": len(packed.data),
+            "bytes_range": len(packing.pack_artifact(quantizer.header(cfg), packed.records, "range")),
+            "roles": packed.roles,
+            "seconds": {phase: quantizer.seconds[phase] - before[phase] for phase in before},
+        }
+
+    def line(self, row: dict) -> str:
+        roles, seconds = [role for role in row["roles"].values() if role["error"]], row["seconds"]
+        error = sum(role["error"] * role["weights"] for role in roles) / max(sum(role["weights"] for role in roles), 1)
+        return (
+            f"{row['variant']:<12}{row['val_bpb']:>9.4f}{row['rise']:>+10.4f}{row['bytes']:>15,}{row['bytes_range']:>13,}{error:>11.3e}"
+            f"{seconds['solving']:>9.1f}{seconds['packing']:>8.1f}"
+        )
+
+    def run(self, names: list[str]) -> dict:
+        """-> what quantization_table.json holds. names: the variants wanted, all if empty."""
+        log, compressor = self.ctx.log, self.cfg.quant.compressor
+        columns = f"{'vs float':>10}{'bytes ' + compressor:>15}{'bytes range':>13}{'error':>11}{'solve s':>9}{'pack s':>8}"
+        log(f"{'variant':<12}{'val_bpb':>9}{columns}\n{'float':<12}{self.float_bpb:>9.4f}")
+        rows = [{"variant": "float", "val_bpb": self.float_bpb}]
+        wanted = {name for variant in VARIANTS if not names or variant.name in names for name in (variant.name, variant.bytes_of)}
+        for variant in VARIANTS:
+            if variant.name in wanted:
+                rows.append(self.row(variant))
+                log(self.line(rows[-1]))
+        calibration = self.quantizer(self.cfg).seconds["calibration"]
+        log(
+            f"calibration {calibration:.1f}s; {len(self.tokens):,} validation tokens, windows of {self.cfg.train.train_seq_len} "
+            "without overlap"
+        )
+        return {"rows": rows, "seconds": {"calibration": calibration}, "tokens": len(self.tokens), "compressor": compressor}
+
+
 def table_command(run_dir: Path, names: list[str]) -> None:
-    """`python quantize.py table`: bytes and val_bpb of the run under each variant -> quantization_table.json. One process."""
-    cfg = open_run(run_dir)
-    ctx = setup_distributed(cfg.run.device)
+    """`python quantize.py table` -> quantization_table.json."""
     known = [variant.name for variant in VARIANTS]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"unknown variant {unknown[0]!r}; known: {', '.join(known)}")
-    if ctx.world_size > 1:
-        raise UserError("the table is made by one process: run it without torchrun")
-    tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, cfg.train.val_tokens)
-    byte_table = ByteTable.for_validation(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), cfg.run.data_path)
-    quantizers: dict[bool, Quantizer] = {}
-
-    def quantizer_of(variant_cfg: Config) -> Quantizer:
-        """Rotation changes weights and Hessians: each kind is calibrated once."""
-        if variant_cfg.quant.hadamard_vo not in quantizers:
-            made = Quantizer(run_dir, cfg.replace(hadamard_vo=variant_cfg.quant.hadamard_vo), ctx)
-            made.calibrate()
-            quantizers[variant_cfg.quant.hadamard_vo] = made
-        return quantizers[variant_cfg.quant.hadamard_vo]
-
-    def bpb(quantizer: Quantizer, weights: Mapping[str, Tensor]) -> float:
-        with quantizer.weights_replaced(weights):
-            return evaluate(quantizer.model, tokens, byte_table, cfg.eval, ctx, cfg.train.train_seq_len, cfg.train.train_seq_len).val_bpb
-
-    plain = quantizer_of(cfg)
-    shapes = {name: tuple(param.shape) for name, param in plain.model.named_parameters()}
-    base = bpb(plain, {})
-    rows = [{"variant": "float", "val_bpb": base}]
-    ctx.log(
-        f"{'variant':<12}{'val_bpb':>9}{'vs float':>10}{'bytes ' + cfg.quant.compressor:>15}{'bytes range':>13}{'error':>11}{'solve s':>9}{'pack s':>8}"
-    )
-    ctx.log(f"{'float':<12}{base:>9.4f}")
-    sizes: dict[str, int] = {}
-    needed = {variant.bytes_of for variant in VARIANTS if variant.name in names}
-    for variant in VARIANTS:
-        if names and variant.name not in names and variant.name not in needed:
-            continue
-        changes = dict(variant.settings)
-        if changes.get("embed_split_top", 0) < 0:
-            changes["embed_split_top"] = cfg.model.vocab_size // -changes["embed_split_top"]
-        variant_cfg = cfg.replace(**changes)
-        quantizer = quantizer_of(variant_cfg)
-        before = dict(quantizer.seconds)
-        if variant.bytes_of:
-            packed = fit_bytes(quantizer, variant_cfg, sizes[variant.bytes_of], variant.balanced)
-        else:
-            packed = quantizer.pack(*quantizer.units(variant_cfg), variant_cfg)
-        spent = {phase: quantizer.seconds[phase] - before[phase] for phase in before}
-        sizes[variant.name] = len(packed.data)
-        ranged = len(packing.pack_artifact(quantizer.header(variant_cfg), packed.records, "range"))
-        score = bpb(quantizer, restore_weights(packed.records, shapes))
-        roles = packed.role_errors()
-        total = sum(role["weights"] for role in roles.values() if role["error"])
-        error = sum(role["error"] * role["weights"] for role in roles.values()) / max(total, 1)
-        rows.append(
-            {
-                "variant": variant.name,
-                "settings": changes,
-                "bytes_of": variant.bytes_of,
-                "val_bpb": score,
-                "rise": score - base,
-                "bytes": len(packed.data),
-                "bytes_range": ranged,
-                "roles": roles,
-                "seconds": spent,
-            }
-        )
-        ctx.log(
-            f"{variant.name:<12}{score:>9.4f}{score - base:>+10.4f}{len(packed.data):>15,}{ranged:>13,}{error:>11.3e}"
-            f"{spent['solving']:>9.1f}{spent['packing']:>8.1f}"
-        )
-    seconds = {"calibration": plain.seconds["calibration"]}
-    ctx.log(
-        f"calibration {seconds['calibration']:.1f}s; {len(tokens):,} validation tokens, windows of {cfg.train.train_seq_len} without overlap"
-    )
+    result = Table(run_dir).run(names)
     with atomic_write(run_dir / "quantization_table.json") as temporary:
-        temporary.write_text(
-            json.dumps({"rows": rows, "seconds": seconds, "tokens": len(tokens), "compressor": cfg.quant.compressor}, indent=1)
-        )
-
-
-# What of the run's settings is about this machine, and has no business in a submission.
-_LOCAL_SETTINGS = ("data_path", "tokenizer_path", "runs_dir", "run_id", "device", "resume")
-_SUBMISSION_README = """\
-# {name}
-
-`val_bpb` {val_bpb:.4f} ({val_loss:.4f} nats a token), {bytes_total:,} bytes: `artifact.bin` {bytes_model:,} + `{script}` {bytes_code:,}.
-
-Evaluate, from any folder, with the packages of this track installed:
-
-    DATA_PATH=<folder of fineweb_val_*.bin> TOKENIZER_PATH=<tokenizer>.model python {script}
-
-`{script}` is a zip archive that Python runs as it is; `unzip {script}` shows two entries: the starter, and `code` with the sources (JSON
-under LZMA). It reads `artifact.bin` beside it and writes `eval.json` there. Settings of the run are in the artifact; environment variables
-override the evaluation's. `submission.json` and the logs tell how the model was trained.
-"""
-
-
-def bundle_command(run_dir: Path, out: Path, author: str, github_id: str, name: str, track: str) -> dict:
-    """`python quantize.py bundle`: a folder to hand in, built aside and moved into place whole. -> what submission.json holds."""
-    for file, maker in (("artifact.bin", f"python quantize.py {run_dir}"), ("eval.json", f"python eval_ttt.py {run_dir}/artifact.bin")):
-        if not (run_dir / file).is_file():
-            raise UserError(f"{run_dir / file} is missing: run `{maker}` first")
-    try:
-        scores = json.loads((run_dir / "eval.json").read_text())
-        loss, bpb = float(scores["val_loss"]), float(scores["val_bpb"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir / 'eval.json'} is not a finished evaluation: {error!r}") from None
-    if out.exists() and any(out.iterdir()) and not (out / "submission.json").is_file():
-        raise UserError(f"{out} is not empty and no earlier submission: choose another folder")
-    path = run_dir / "artifact.bin"
-    header, payload = packing.read_header(path.read_bytes(), str(path))
-    # The artifact evaluates as it was evaluated here, without this machine's paths in it.
-    evaluated = scores.get("config") or scores.get("configuration") or {}
-    config = {**header["config"], **{key: value for key, value in evaluated.items() if key in header["config"]}}
-    header["config"] = {key: value for key, value in config.items() if key not in _LOCAL_SETTINGS}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        (staging / "artifact.bin").write_bytes(packing.seal(header, bytes(payload)))
-        (staging / SCRIPT_NAME).write_bytes(code_script())
-        for log in ("train.log", "metrics.jsonl", "eval.json", "eval.log", "quantize.json"):
-            if (run_dir / log).is_file():
-                shutil.copyfile(run_dir / log, staging / log)
-        bytes_model, bytes_code = ((staging / file).stat().st_size for file in ("artifact.bin", SCRIPT_NAME))
-        submission = {
-            "author": author,
-            "github_id": github_id,
-            "name": name or run_dir.name,
-            "date": datetime.date.today().isoformat(),
-            "track": track,
-            "val_loss": loss,
-            "val_bpb": bpb,
-            "bytes_total": bytes_model + bytes_code,
-            "bytes_model": bytes_model,
-            "bytes_code": bytes_code,
-            "bytes_code_training": code_bytes("train_gpt"),
-            "seeds": [config.get("seed")],
-            "hardware": f"{header.get('world_size', 1)} x {header.get('device', 'unknown')}",
-            "train_seconds": header.get("train_seconds"),
-        }
-        (staging / "submission.json").write_text(json.dumps(submission, indent=1) + "\n")
-        (staging / "README.md").write_text(_SUBMISSION_README.format(script=SCRIPT_NAME, **submission))
-        staging.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    total = submission["bytes_total"]
-    print(f"{out}: val_bpb {bpb:.4f}; model {bytes_model:,} + code {bytes_code:,} = {total:,} of {SIZE_LIMIT_BYTES:,} bytes")
-    if total > SIZE_LIMIT_BYTES:
-        print(f"warning: {total - SIZE_LIMIT_BYTES:,} bytes over the limit")
-    return submission
+        temporary.write_text(json.dumps(result, indent=1))
 
 
 USAGE = """quantize.py [-h] [--search-seconds S] runs/<RUN_ID>
@@ -1314,7 +1311,8 @@ def main() -> int:
     elif command == "compare":
         compare_command(options.run)
     else:
-        bundle_command(options.run, options.out, options.author, options.github_id, options.name, options.track)
+        about = {"author": options.author, "github_id": options.github_id, "name": options.name, "track": options.track}
+        bundle(options.run, options.out, **about)
     return 0
 
 

@@ -831,7 +831,10 @@ def pack_artifact(header: dict, records: list[Record], compressor: str) -> bytes
 
 def seal(header: dict, payload: bytes) -> bytes:
     """Container around a complete header and its streams."""
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    try:
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the artifact's header cannot be written: {error}") from None
     packed = zlib.compress(text, 9)
     if len(text) > _MAX_HEADER:
         raise UserError(f"the artifact's header would take {len(text)} bytes; at most {_MAX_HEADER} are allowed")

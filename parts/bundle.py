@@ -1,0 +1,190 @@
+"""A folder to hand in: one run's artifact, code, score and logs, in the challenge's form.
+
+README.md  submission.json  train.log      what the challenge asks for; the score is this artifact's, or the folder is not made
+artifact.bin  evaluate.py                  what counts: they evaluate, and audit, from any folder
+train_gpt.py, what it imports, records/    the trainer as it stands here, readable, with the run's settings as a preset
+logs/                                      metrics, evaluation, quantization
+bundle.json                                SHA-256 of every file above: what a later bundle may replace
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from parts import packing
+from parts.code import ROOT, SCRIPT_NAME, code_bytes, code_script, reached_sources
+from parts.files import UserError, read_json, sha256_file, write_json
+from train_gpt import SIZE_LIMIT_BYTES, load_run, settings
+
+MANIFEST = "bundle.json"
+# What of the run's settings is about this machine, and has no business in a submission.
+LOCAL_SETTINGS = ("data_path", "tokenizer_path", "runs_dir", "run_id", "device", "resume")
+README = """\
+# {name}
+
+`val_bpb` {val_bpb:.4f} ({val_loss:.4f} nats a token), {bytes_total:,} bytes: `artifact.bin` {bytes_model:,} + `{script}` {bytes_code:,},
+tokenizer {bytes_tokenizer:,} (0: it does not count). (The training script packed the same way would take {bytes_code_training:,}.)
+
+Evaluate, or evaluate and audit, from any folder, with the packages of this track installed:
+
+    DATA_PATH=<folder of fineweb_val_*.bin> TOKENIZER_PATH=<tokenizer>.model python {script} [--audit]
+
+`{script}` is a zip archive that Python runs as it is; `unzip {script}` shows two entries: the starter, and `code` with the sources (JSON
+under LZMA). It reads `artifact.bin` beside it and writes `eval.json` there. The evaluation's settings are in the artifact; environment
+variables override them. The artifact that was scored in `logs/eval.json` differs in its header alone, which held paths of that machine.
+
+Train, {hardware} as it was here ({train_seconds} s with calibration):
+
+    DATA_PATH=<folder of shards> TOKENIZER_PATH=<tokenizer>.model PRESET={preset} torchrun --standalone --nproc_per_node={world_size} train_gpt.py
+"""
+
+
+def finished_score(run_dir: Path) -> dict:
+    """What eval.json says, if it is the score of the artifact beside it: whole text, this code, no check failed. Raises UserError."""
+    artifact, path = run_dir / "artifact.bin", run_dir / "eval.json"
+    for file, maker in ((artifact, f"python quantize.py {run_dir}"), (path, f"python eval_ttt.py {artifact}")):
+        if not file.is_file():
+            raise UserError(f"{file} is missing: run `{maker}` first")
+    scores = read_json(path) or {}
+    hashes, config = scores.get("sha256") or {}, scores.get("config") or {}
+    again = f"run `python eval_ttt.py {artifact}` again"
+    if not all(isinstance(scores.get(name), float) for name in ("val_loss", "val_bpb")):
+        raise UserError(f"{path} is not a finished evaluation: {again}")
+    if hashes.get("artifact") != sha256_file(artifact):
+        raise UserError(f"{path} is the score of another artifact than {artifact}: {again}")
+    if hashes.get("code", code_hash()) != code_hash():
+        raise UserError(f"{path} is the score of other code than would be handed in: {again}")
+    if config.get("eval_tokens"):
+        raise UserError(f"{path} scores {scores.get('tokens_scored')} targets only: unset EVAL_TOKENS and {again}")
+    if (scores.get("audit") or {}).get("verdict") == "fail":
+        raise UserError(f"{path}: the audit's verdict is fail: {again} with --audit, once what it found is mended")
+    return scores
+
+
+def code_hash() -> str:
+    return hashlib.sha256(code_script()).hexdigest()
+
+
+def preset_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+
+
+def write_trainer(folder: Path, preset: str, config: dict) -> None:
+    """train_gpt.py and what it imports, as they stand here, with the run's settings as a preset."""
+    for source in reached_sources("train_gpt"):
+        (folder / source).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / source, folder / source)
+    lines = []
+    for spec in settings():
+        value = config.get(spec.name, spec.default)
+        if spec.name not in LOCAL_SETTINGS and value != spec.default:
+            lines.append(f"{spec.name.upper()}={int(value) if isinstance(value, bool) else value}\n")
+    (folder / "records" / preset).mkdir(parents=True)
+    (folder / "records" / preset / "config.env").write_text("".join(lines))
+
+
+def stage(run_dir: Path, folder: Path, scores: dict, about: dict) -> dict:
+    """Write the whole submission into an empty folder; -> what submission.json holds."""
+    artifact = run_dir / "artifact.bin"
+    header, payload = packing.read_header(artifact.read_bytes(), str(artifact))
+    # The artifact evaluates as it was evaluated here, without this machine's paths in it.
+    config = {**header["config"], **{key: value for key, value in scores["config"].items() if key in header["config"]}}
+    header["config"] = {key: value for key, value in config.items() if key not in LOCAL_SETTINGS}
+    (folder / "artifact.bin").write_bytes(packing.seal(header, bytes(payload)))
+    (folder / SCRIPT_NAME).write_bytes(code_script())
+    run_settings, _, _ = load_run(run_dir)
+    preset = preset_name(run_dir.name)
+    write_trainer(folder, preset, run_settings)
+    if not (run_dir / "train.log").is_file():
+        raise UserError(f"{run_dir / 'train.log'} is missing: a submission needs its training log")
+    shutil.copyfile(run_dir / "train.log", folder / "train.log")
+    (folder / "logs").mkdir()
+    for log in ("metrics.jsonl", "eval.json", "eval.log", "quantize.json"):
+        if (run_dir / log).is_file():
+            shutil.copyfile(run_dir / log, folder / "logs" / log)
+    quantized = read_json(run_dir / "quantize.json") or {}
+    bytes_model, bytes_code = ((folder / file).stat().st_size for file in ("artifact.bin", SCRIPT_NAME))
+    bytes_tokenizer = scores.get("bytes_tokenizer", 0) * scores.get("tokenizer_counted", False)
+    submission = {
+        **about,
+        "date": datetime.date.today().isoformat(),
+        "val_loss": scores["val_loss"],
+        "val_bpb": scores["val_bpb"],
+        "audit": (scores.get("audit") or {}).get("verdict"),
+        "bytes_total": bytes_model + bytes_code + bytes_tokenizer,
+        "bytes_model": bytes_model,
+        "bytes_code": bytes_code,
+        "bytes_tokenizer": bytes_tokenizer,  # where it counts
+        "bytes_code_training": code_bytes("train_gpt"),
+        "seeds": [run_settings.get("seed")],
+        "hardware": f"{header.get('world_size', 1)} x {header.get('device', 'unknown')}",
+        "train_seconds": quantized.get("train_seconds_with_calibration", header.get("train_seconds")),
+        "sha256": {"artifact": sha256_file(folder / "artifact.bin"), "evaluated_artifact": scores["sha256"]["artifact"]},
+    }
+    write_json(folder / "submission.json", submission)
+    text = README.format(script=SCRIPT_NAME, preset=preset, world_size=header.get("world_size", 1), **submission)
+    (folder / "README.md").write_text(text)
+    return submission
+
+
+def files_below(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+
+
+def former_files(out: Path) -> dict[str, str]:
+    """Name -> SHA-256 of what an earlier bundle put into `out`; empty where there is nothing. Raises UserError for what is not ours to replace."""
+    if not out.exists() or not any(out.iterdir()):
+        return {}
+    former = (read_json(out / MANIFEST) or {}).get("files")
+    if not isinstance(former, dict):
+        raise UserError(f"{out} is not empty and holds no submission made here ({MANIFEST}): choose another folder")
+    for name, digest in former.items():
+        if (out / name).is_file() and sha256_file(out / name) != digest:
+            raise UserError(f"{out / name} was changed after it was made: move it away, or choose another folder")
+    return former
+
+
+def bundle(run_dir: Path, out: Path, **about: str) -> dict:
+    """Make the folder, or remake it; what else lies in it stays. about: author, github_id, name, track. -> what submission.json holds.
+
+    Built aside and moved into place; a new folder appears whole. Raises UserError, before anything is touched, where the score is not that
+    of the artifact, or where `out` holds files of others or changed ones in the way.
+    """
+    scores = finished_score(run_dir)
+    former = former_files(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        submission = stage(run_dir, staging, scores, {**about, "name": about.get("name") or run_dir.name})
+        made = files_below(staging)
+        for name in made:
+            if name not in former and (out / name).exists():
+                raise UserError(f"{out / name} is in the way: no submission made here put it there")
+        write_json(staging / MANIFEST, {"files": {name: sha256_file(path) for name, path in made.items()}})
+        staging.chmod(0o755)
+        if not out.exists():
+            staging.rename(out)
+        else:
+            for name in sorted(set(former) - set(made)):
+                (out / name).unlink(missing_ok=True)
+            for name, path in {**made, MANIFEST: staging / MANIFEST}.items():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, out / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    total = submission["bytes_total"]
+    tokenizer = f" + tokenizer {submission['bytes_tokenizer']:,}" if submission["bytes_tokenizer"] else ""
+    print(
+        f"{out}: val_bpb {submission['val_bpb']:.4f}; model {submission['bytes_model']:,} + code {submission['bytes_code']:,}"
+        f"{tokenizer} = {total:,} "
+        f"of {SIZE_LIMIT_BYTES:,} bytes"
+    )
+    if total > SIZE_LIMIT_BYTES:
+        print(f"warning: {total - SIZE_LIMIT_BYTES:,} bytes over the limit")
+    return submission
