@@ -324,7 +324,7 @@ class Reach:
                     self._reach(module, name)
                     if target:
                         self._reach_attribute(target, child.attr)
-            elif name in _DYNAMIC_NAMES - module.defined and isinstance(child.ctx, ast.Load):  # not the field of `eval: EvalConfig`
+            elif name in _DYNAMIC_NAMES - module.defined:
                 self._refuse(module, child, f"uses {name}")
             else:
                 self._reach(module, name)
@@ -342,7 +342,9 @@ class Reach:
 
 
 def _uses(node: ast.AST) -> Iterator[ast.Name | ast.Attribute | ast.Import | ast.ImportFrom]:
-    """Names, attributes and imports under `node`. Of `packing.seal`, the attribute alone: the name is known by it."""
+    """Names read, attributes and imports under `node`. Of `packing.seal`, the attribute alone: the name is known by it."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return  # a local variable, or the field of `eval: EvalConfig`
     if isinstance(node, (ast.Name, ast.Attribute, ast.Import, ast.ImportFrom)):
         yield node
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):

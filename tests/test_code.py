@@ -61,8 +61,12 @@ def unused(x): return json.dumps(x)
 def _(x): return json.loads(x)
 used.note = "kept"
 unused.note = "dropped"
+class Fields:
+    exotic: int = 1  # no use of the function of that name
+def exotic(): return 'rare'
 def main():
     from parts.late import late
+    Fields()
     print(used(double(LIMIT)), used(''), used.note, tools.thrice(2), registered(), late())
 if __name__ == "__main__":
     main()
@@ -113,7 +117,7 @@ def run(folder, script: str) -> str:
 def test_what_is_never_reached_is_left_out_and_the_rest_runs(project, tmp_path):
     sources = code.Reach("entry").sources()
     assert set(sources) == {"entry.py", "parts/__init__.py", "parts/tools.py", "parts/plain.py", "parts/late.py"}
-    for gone in ("unused", "json", "dropped", "never", "later", "TWO"):
+    for gone in ("unused", "json", "dropped", "never", "later", "TWO", "rare"):
         assert not any(gone in text for text in sources.values()), gone
     assert "OTHER" in sources["entry.py"] and '"""Shown by --help."""' in sources["entry.py"]
     expected = run(tmp_path, "entry.py")
