@@ -84,11 +84,20 @@ def judge(
         result.sandboxed = probe.sandboxed and scorer.sandboxed
         result.means = probe.sandbox_status["means"]
         try:
-            for first in range(0, result.targets, block):
-                last = min(first + block, result.targets)
-                _judge_block(result, probe, scorer, tokens, first, last, cuts)
+            blocks = [(first, min(first + block, result.targets)) for first in range(0, result.targets, block)]
+            secret = _ask(probe, scorer, tokens, *blocks[0], cuts)
+            for number, (first, last) in enumerate(blocks):
+                blind = [probe.answer()[0]]
+                for cut in secret[1:]:
+                    probe.feed(tokens[probe.known : cut + 1])
+                    blind.append(probe.rows(cut, cut + 1)[0])
+                rows = scorer.answer()
                 if first == 0:
                     result.seconds["start"] = time.perf_counter() - began
+                asked, secret = secret, ()
+                if number + 1 < len(blocks):  # the replicas go on while this block is looked at
+                    secret = _ask(probe, scorer, tokens, *blocks[number + 1], cuts)
+                _judge_block(result, tokens, first, last, rows, asked, blind)
                 if progress:
                     progress(result.scored, result.nll)
         except ReplicaError as error:
@@ -97,15 +106,19 @@ def judge(
     return result
 
 
-def _judge_block(result: Judgement, probe: Replica, scorer: Replica, tokens: np.ndarray, first: int, last: int, cuts: int) -> None:
+def _ask(probe: Replica, scorer: Replica, tokens: np.ndarray, first: int, last: int, cuts: int) -> list[int]:
+    """Put a block's questions to both; the secret cuts. The scorer is past what it was asked before, and has answered it."""
     secret = sorted({first + secrets.randbelow(last - first) for _ in range(cuts)})
     scorer.feed(tokens[scorer.known : last])
     scorer.ask(first, last)
-    blind = []
-    for cut in secret:
-        probe.feed(tokens[probe.known : cut + 1])
-        blind.append(probe.rows(cut, cut + 1)[0])
-    rows = scorer.answer()
+    probe.feed(tokens[probe.known : secret[0] + 1])
+    probe.ask(secret[0], secret[0] + 1)
+    return secret
+
+
+def _judge_block(
+    result: Judgement, tokens: np.ndarray, first: int, last: int, rows: np.ndarray, secret: Sequence[int], blind: Sequence[np.ndarray]
+) -> None:
     sums = np.abs(rows.sum(1, dtype=np.float64) - 1)
     proper = (sums <= NORMALIZATION_TOLERANCE) & (rows.min(1) >= 0)  # a NaN is neither
     result.improper += (first + np.flatnonzero(~proper)).tolist()

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import select
@@ -65,6 +67,7 @@ class Replica:
         own = dict.fromkeys(
             ("HOME", "TMPDIR", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"), self._scratch
         )
+        own["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its pool of workers needs semaphores in /dev/shm
         environment = {**(os.environ if environment is None else environment), **own}
         command, passed, ours = [str(part) for part in command], (), None
         if sandbox:
@@ -75,6 +78,9 @@ class Replica:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, pass_fds=passed, env=environment
         )
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError, AttributeError):  # a megabyte at once where Linux allows it, rows being large
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
         self.sandbox_status = {"files": False, "network": False, "means": []}
         if sandbox:
             os.close(theirs)
@@ -112,10 +118,8 @@ class Replica:
 
     def close(self) -> None:
         for stream in (self.process.stdin, self.process.stdout):
-            try:
+            with contextlib.suppress(OSError):  # what it no longer reads
                 stream.close()
-            except OSError:
-                pass  # what it no longer reads
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:

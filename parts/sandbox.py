@@ -38,7 +38,9 @@ DEVICES = ("null", "zero", "full", "random", "urandom", "nvidiactl", "nvidia-uvm
 def python_paths() -> list[str]:
     """What a Python process with a GPU reads besides its own program: the interpreter, its packages, the system's libraries."""
     paths = {sys.prefix, sys.exec_prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable))}
-    return [*sorted(paths), "/usr", "/lib", "/lib64", "/bin", "/opt/cuda", "/etc", "/proc", "/sys"]
+    for variable in ("PYTHONPATH", "LD_LIBRARY_PATH"):
+        paths |= {os.path.abspath(path) for path in os.environ.get(variable, "").split(os.pathsep) if path}
+    return [*sorted(paths), "/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys"]
 
 
 def _landlock(read: Iterable[str], write: Iterable[str]) -> list[str]:

@@ -295,14 +295,14 @@ class RemembersTheLastPass(Evaluation):
 
     def __init__(self, targets, vocab_size):
         super().__init__(targets, vocab_size)
-        self.places = [Path(sys.argv[2]), Path.home() / "counts.bin"]
+        self.places, self.last = [Path(sys.argv[2]), Path.home() / "counts.bin"], targets - 1
         for place in self.places:
             with contextlib.suppress(OSError):
                 self.counts += np.fromfile(place).reshape(self.counts.shape)
 
     def row(self, target):
         row = super().row(target)
-        for place in self.places:
+        for place in self.places if target == self.last else ():
             with contextlib.suppress(OSError):
                 self.counts.tofile(place)
         return row

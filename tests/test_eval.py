@@ -392,7 +392,7 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
     made = launch("quantize.py", run)
     assert made.returncode == 0, made.stderr
     artifact, written = run / "artifact.bin", run / "eval.json"
-    settings = dict(EXPERTS="tilt,ngram,entropy", DATA_PATH=first_validation_document(dataset.path, tmp_path / "short"))
+    settings = dict(EXPERTS="tilt,ngram,entropy", AUDIT_SAMPLES=64, DATA_PATH=first_validation_document(dataset.path, tmp_path / "short"))
     done = launch("eval_ttt.py", artifact, "--audit", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(written.read_text())
@@ -419,7 +419,7 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
     ]:
         failed = launch("eval_ttt.py", *arguments, **{**settings, **environment})
         assert failed.returncode == 2 and message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1, failed.stderr
-    assert written.read_bytes() == before and not list(run.glob(".*.tmp"))
+    assert (run / "eval.previous.json").read_bytes() == before and not written.exists() and not list(run.glob(".*.tmp"))
 
 
 # ---- on a GPU ----
