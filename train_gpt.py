@@ -2907,12 +2907,12 @@ class MicroStep:
 
     def _bind(self, used: list[int]) -> None:
         """Gradients that the graphs add into: zero at a step's first micro-batch, else what the micro-batches before have left."""
-        fresh = [index for index in used if self.params[index].grad is None]
-        torch._foreach_zero_([self.gradients[index] for index in fresh])
+        if fresh := [self.gradients[index] for index in used if self.params[index].grad is None]:
+            torch._foreach_zero_(fresh)
         for index in used:
             gradient = self.params[index].grad
             if gradient is not None and gradient is not self.gradients[index]:
-                self.gradients[index].copy_(gradient)
+                self.gradients[index].copy_(gradient)  # of a micro-batch that ran without a graph
             self.params[index].grad = self.gradients[index]
 
     def _capture(self, key: tuple, batch: list[Tensor | None], span: int, accumulation: int) -> None:
@@ -3065,8 +3065,6 @@ class Trainer:
         state.step, state.elapsed, state.stream.position = place
         state.model.looping, self.batch = looping, batch
         self.synchronize()
-        if self.ctx.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         self.ctx.log(
             f"compile warmup: {cfg.train.warmup_steps} steps a graph, undone; {time.perf_counter() - began:.1f}s outside the clock"
         )
@@ -3523,10 +3521,11 @@ class Benchmark(Trainer):
 
         whole: dict[tuple[str, str], float] = {}
         optimizers.step = lambda *scales: None  # gradients stay for the optimizer's own profile
+        graphed, self.micro_step.graphed = self.micro_step.graphed, False  # a replayed graph does not say which operation launched a kernel
         try:
             collect(whole, lambda: self.run_step(0.0))
         finally:
-            optimizers.step = update
+            optimizers.step, self.micro_step.graphed = update, graphed
         collect(outside, lambda: update(0.0, self.cfg.train.muon_momentum))
         totals = dict.fromkeys(("attention", "MLP", "head and loss", "mixers", "norms and residual", "optimizer", "rest"), 0.0)
         totals["optimizer"] = sum(outside.values())

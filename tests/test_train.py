@@ -642,3 +642,51 @@ def test_the_benchmark_runs_any_preset_without_data(tmp_path, monkeypatch, capsy
         )
         assert phase["flops_per_token"] > 0 and phase["mfu"] is None
     assert "tok/s" in capsys.readouterr().out
+
+
+def test_replayed_micro_batches_leave_the_gradients_of_eager_ones(monkeypatch):
+    """Several micro-batches a step, shapes that come and go, recurrence switched on: with a stand-in for the CUDA graph that runs what was recorded."""
+    cfg = T.resolve_config(
+        {**TINY, "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2", "UNET_SKIPS": "1", "COMPILE": "0", "DEVICE": "cpu"}
+    )
+    replayed, recording = [], []
+
+    class Graph:
+        def __init__(self):
+            recording.append(self)
+
+        def pool(self):
+            return None
+
+        def replay(self):
+            key, (_, static, loss, _) = next((key, entry) for key, entry in graphed.graphs.items() if entry[0] is self)
+            replayed.append(key)
+            loss.copy_(graphed._run(static, key[2], key[3]))
+
+    @contextlib.contextmanager
+    def capture(graph, pool=None):
+        before = [None if p.grad is None else p.grad.clone() for p in graphed.params]
+        yield
+        for param, value in zip(graphed.params, before):  # a capture records and does not run
+            if value is not None:
+                param.grad.copy_(value)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    models = [T.build_model(cfg) for _ in range(2)]
+    graphed, eager = (T.MicroStep(model, model, graphed) for model, graphed in zip(models, (True, False)))
+    generator = torch.Generator().manual_seed(3)
+    for step in range(9):
+        losses = []
+        for width in (12, 12, 20) if step % 3 else (20, 12):
+            ids = torch.randint(2, 512, (2, width + 1), generator=generator)
+            for each in (graphed, eager):
+                each.model.looping = step >= 4
+                losses.append(each(ids[:, :-1], ids[:, 1:], None, 0, 3).clone())
+        assert losses[::2] == losses[1::2]
+        for (name, ours), theirs in zip(graphed.model.named_parameters(), eager.params):
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if theirs.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+            ours.grad = theirs.grad = None
+    assert len(replayed) > 12 and len(graphed.graphs) == 4 == len(recording)
