@@ -86,11 +86,15 @@ class Command:
     def poll(self) -> int | None:
         """The exit code, once there is one."""
         if not hasattr(self, "code"):
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if not pid:
                 return None
-            self.code = os.waitstatus_to_exitcode(status)
+            self.code, self.cpu_seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         return self.code
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far, those of its children included."""
+        return self.cpu_seconds if self.poll() is not None else processor_seconds(self.pid)
 
     def wait(self) -> int:
         while self.poll() is None:
@@ -103,6 +107,15 @@ class Command:
 
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def processor_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has just ended
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(processor_seconds(int(child)) for child in children)
 
 
 def run_to_end(*arguments, **settings) -> Command:
@@ -119,27 +132,29 @@ class Scenario:
     wipe: Callable[[], None]
     result: Callable[[], object]  # compared with the undisturbed one's
     invariant: Callable[[], None] = lambda: None  # holds after every kill
-    trigger: Callable[[], bool] | None = None  # kill as soon as this is so; else at a random time
+    trigger: Callable[[], bool] | None = None  # kill as soon as this is so; else after a random share of the work
 
 
 def survive(name: str, scenario: Scenario, kills: int, capsys) -> None:
-    """SIGKILL `kills` times; every disturbed run must end as the undisturbed one did."""
+    """SIGKILL `kills` times; every disturbed run must end as the undisturbed one did. Work is measured in processor time, which does not depend
+    on what else the machine does."""
     rng = random.Random(f"{SEED} {name}")
     scenario.wipe()
-    began = time.monotonic()
-    for command in scenario.start():
+    undisturbed = scenario.start()
+    for command in undisturbed:
         assert command.wait() == 0, command.text()[-2000:]
-    span, expected = time.monotonic() - began, scenario.result()
+    work, expected = sum(command.cpu() for command in undisturbed), scenario.result()
     done = finished = 0
     while done < kills:
         scenario.wipe()
         while True:
-            commands, began, after = scenario.start(), time.monotonic(), rng.uniform(0, span)
-            aim = rng.random() < 0.8 and scenario.trigger  # a few at random times in any case
+            commands, after = scenario.start(), rng.uniform(0, work)
+            aim = rng.random() < 0.8 and scenario.trigger  # a few after any share of the work in any case
             while any(c.poll() is None for c in commands):
-                if aim() if aim else time.monotonic() - began > after:
+                if aim() if aim else sum(c.cpu() for c in commands) > after:
                     break
-                time.sleep(0.001)
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.01))  # the kernel counts in hundredths
             alive = [c for c in commands if c.poll() is None]
             if not alive:
                 assert all(c.code == 0 for c in commands), "\n".join(c.text()[-2000:] for c in commands)
@@ -248,7 +263,7 @@ def training(base: dict, tmp_path: Path, ranks: int = 1) -> Scenario:
 
 
 def test_kill_training(base, tmp_path, capsys):
-    survive("train, at random times", training(base, tmp_path), scaled(60), capsys)
+    survive("train", training(base, tmp_path), scaled(60), capsys)
 
 
 def test_kill_training_while_a_checkpoint_is_written(base, tmp_path, capsys):
