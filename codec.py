@@ -63,9 +63,9 @@ from train_gpt import (
     RunContext,
     eval_batch_size,
     load_tokens,
-    near_misses,
     plan_kernels,
     resolve_config,
+    say_near_misses,
     setup_distributed,
 )
 
@@ -865,6 +865,7 @@ def prove_command(path: Path) -> int:
 
 
 def main() -> int:
+    say_near_misses(os.environ)
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -876,8 +877,6 @@ def main() -> int:
             raise UserError(USAGE)
         named = existing(arguments.pop(place + 1))
         arguments.pop(place)
-    for warning in near_misses(os.environ):
-        print(f"warning: {warning}", file=sys.stderr)
     verb, *names = arguments
     if verb == "compress" and len(names) == 3 and not named:
         figures = compress(existing(names[0]), existing(names[1]), Path(names[2]))

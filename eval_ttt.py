@@ -65,11 +65,11 @@ from train_gpt import (
     evaluate,
     load_tokens,
     maybe_compile,
-    near_misses,
     padded_lengths,
     parameter_table,
     plan_windows,
     resolve_config,
+    say_near_misses,
     score_windows,
     setup_distributed,
 )
@@ -996,6 +996,7 @@ def retire_score(path: Path, ctx: RunContext) -> None:
 
 
 def main() -> int:
+    say_near_misses(os.environ)
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
@@ -1031,8 +1032,6 @@ def main() -> int:
         if "--serve" in flags:  # nothing may be printed: stdout is the protocol's
             serve_artifact(path, ctx)
             return 0
-        for warning in near_misses(os.environ):
-            ctx.log(f"warning: {warning}")
         if ctx.is_main:
             retire_score(path.with_name("eval.json"), ctx)
         result = evaluate_artifact(path, ctx, audit="--audit" in flags)

@@ -56,9 +56,9 @@ from train_gpt import (
     load_run,
     load_tokens,
     load_weights,
-    near_misses,
     parameter_table,
     resolve_config,
+    say_near_misses,
     setup_distributed,
 )
 
@@ -1048,8 +1048,6 @@ def quantize_command(run_dir: Path, search_seconds: float) -> None:
     cfg = open_run(run_dir)
     ctx = setup_distributed(cfg.run.device)
     try:
-        for warning in near_misses(os.environ):
-            ctx.log(f"warning: {warning}")
         if (cfg.train.late_qat_threshold or cfg.train.qat_last_frac) and cfg.train.qat_bits != cfg.quant.matrix_bits:
             ctx.log(f"warning: the run was trained for {cfg.train.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.quant.matrix_bits}")
         quantizer = Quantizer(run_dir, cfg, ctx)
@@ -1290,6 +1288,7 @@ def main() -> int:
         def error(self, message):
             raise UserError(f"{message} (see python quantize.py --help)")
 
+    say_near_misses(os.environ)
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and arguments[0] in ("table", "compare", "bundle") else "quantize"
     parser = Parser(usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py          one node of 8 GPUs
     PRESET=gdn_hybrid torchrun ... train_gpt.py                    one of the systems under records/
     PRESET=gdn_hybrid/one_gpu MUON_WD=0 python train_gpt.py        a preset's smaller budget, with one ablation
-    python train_gpt.py --print-config                             every setting, its value and where it came from
+    python train_gpt.py --print-config [FILTER]                    every setting, its value, origin, meaning and limits
     python train_gpt.py --describe                                 layers, parameters and size estimate, without training
     PRESET=gdn_hybrid python train_gpt.py --bench                  tokens/s, MFU, memory and time by part, on random tokens
 
@@ -559,6 +559,7 @@ def _build_config(raw: Mapping[str, tuple[object, str]]) -> Config:
     if unknown:
         close = difflib.get_close_matches(unknown[0], specs, n=1)
         hint = f"; did you mean {close[0].upper()}?" if close else ""
+        hint = f": {FOREIGN[unknown[0].upper()]}" if unknown[0].upper() in FOREIGN else hint
         raise UserError(f"unknown setting {unknown[0].upper()} ({raw[unknown[0]][1]}){hint}")
     values: dict[str, dict] = {part: {} for part in PARTS}
     for name, (value, origin) in raw.items():
@@ -592,7 +593,7 @@ def read_preset(preset: str, records: Path | None = None) -> dict[str, tuple[str
 
 
 def resolve_config(environ: Mapping[str, str], base: Mapping | None = None) -> Config:
-    """default < preset (or, given `base`, the finished run's settings) < environment.
+    """default < preset (or, given `base`, the finished run's settings) < environment. VOCAB_SIZE follows a tokenizer that is named above it.
 
     With `base` a model setting in the environment that contradicts the run is refused: the weights already fix it.
     """
@@ -609,18 +610,55 @@ def resolve_config(environ: Mapping[str, str], base: Mapping | None = None) -> C
             if _parse_value(spec, value, origin) != fixed[spec.name]:
                 raise UserError(f"{spec.name.upper()}={value} contradicts the trained model, whose value is {fixed[spec.name]}")
     raw.update(given)
+    path, named_by = raw.get("tokenizer_path", ("", "default"))
+    if named_by != raw.get("vocab_size", ("", "default"))[1] and "vocab_size" not in given and base is None and Path(path).is_file():
+        raw["vocab_size"] = (load_tokenizer(path).vocab_size(), "tokenizer")
     return _build_config(raw)
 
 
+# Names of the public baseline and of other code bases that mean nothing here -> what to use.
+FOREIGN = {
+    "WARMDOWN_ITERS": "use WARMDOWN_FRAC, a fraction of the budget",
+    "MUON_MOMENTUM_WARMUP_STEPS": "use MUON_MOMENTUM_WARMUP_FRAC, a fraction of the budget",
+    "TIE_EMBEDDINGS": "the head always is the embedding",
+    "EMBED_LR": "use TIED_EMBED_LR",
+    "HEAD_LR": "use TIED_EMBED_LR: the head is the embedding",
+    "VAL_BATCH_SIZE": "use EVAL_BATCH_SEQS, windows a forward",
+    "LR": "use MATRIX_LR, TIED_EMBED_LR and SCALAR_LR",
+    "LEARNING_RATE": "use MATRIX_LR, TIED_EMBED_LR and SCALAR_LR",
+    "WEIGHT_DECAY": "use MUON_WD, EMBED_WD and ADAM_WD",
+    "BATCH_SIZE": "use TRAIN_BATCH_TOKENS, tokens a step over all ranks",
+    "GRADIENT_ACCUMULATION_STEPS": "use MICRO_BATCH_TOKENS: accumulation follows from it",
+    "BLOCK_SIZE": "use TRAIN_SEQ_LEN",
+    "SEQ_LEN": "use TRAIN_SEQ_LEN",
+    "MAX_ITERS": "use ITERATIONS",
+    "NUM_ITERATIONS": "use ITERATIONS",
+    "GRAD_CLIP": "use GRAD_CLIP_NORM",
+    "N_LAYER": "use NUM_LAYERS",
+    "N_HEAD": "use NUM_HEADS",
+    "N_EMBD": "use MODEL_DIM",
+    "XSA_LAST_N": "use XSA_LAYERS, a list such as 7-10",
+    "TTT_CHUNK_SIZE": "use TTT_CHUNK_TOKENS",
+}
+
+
 def near_misses(environ: Mapping[str, str]) -> list[str]:
-    """Warnings for environment variables that look like misspelt settings."""
-    names = [f.name.upper() for f in settings()] + ["PRESET"]
+    """Warnings for environment variables that are settings elsewhere, or look like misspelt ones of ours."""
+    names = {f.name.upper() for f in settings()} | {"PRESET"}
     warnings = []
-    for variable in environ:
-        close = [] if variable in names else difflib.get_close_matches(variable, names, n=1, cutoff=0.86)
-        if close:
+    for variable in sorted(environ):
+        if variable in FOREIGN:
+            warnings.append(f"environment variable {variable} is not a setting here: {FOREIGN[variable]}")
+        elif variable not in names and (close := difflib.get_close_matches(variable, names, n=1, cutoff=0.86)):
             warnings.append(f"environment variable {variable} is not a setting; did you mean {close[0]}?")
     return warnings
+
+
+def say_near_misses(environ: Mapping[str, str]) -> None:
+    """On stderr, by rank 0: what a command does first."""
+    if environ.get("RANK", "0") == "0":
+        for warning in near_misses(environ):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2726,10 +2764,26 @@ def code_digest() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def config_lines(cfg: Config) -> list[str]:
-    """Every setting with its value and origin."""
-    width = max(len(f.name) for f in settings())
-    return [f"{f.name.upper():<{width}}  {_env_text(cfg[f.name]):<44}  {cfg.origins.get(f.name, 'default')}" for f in settings()]
+def config_lines(cfg: Config, find: str | None = None) -> list[str]:
+    """Every setting with its value and origin; given `find`, those whose name or help holds it, each with help and limits."""
+    width, lines = max(len(f.name) for f in settings()), []
+    for f in settings():
+        line = f"{f.name.upper():<{width}}  {_env_text(cfg[f.name]):<44}  {cfg.origins.get(f.name, 'default')}"
+        if find is None:
+            lines.append(line)
+        elif find.lower() in f"{f.name} {f.metadata['help']}".lower():
+            lines += [line, f"    {f.metadata['help']}{_limits(f)}"]
+    return lines
+
+
+def _limits(spec: dataclasses.Field) -> str:
+    limits = spec.metadata
+    if words := limits["choices"] or limits["several"]:
+        return f" [{'any' if limits['several'] else 'one'} of {', '.join(words)}]"
+    if spec.type == "bool":
+        return " [0 or 1]"
+    low, high = ("" if limits[end] is None else f"{limits[end]:g}" for end in ("low", "high"))
+    return f" [{low} to {high}]" if low and high else f" [from {low}]" if low else ""
 
 
 def _env_text(value) -> str:
@@ -3569,14 +3623,20 @@ def ctx_name(report: dict) -> str:
 
 def main() -> int:
     arguments = sys.argv[1:]
+    find = arguments.pop(1) if arguments[:1] == ["--print-config"] and len(arguments) == 2 else ""
     if unknown := [a for a in arguments if a not in ("--print-config", "--describe", "--bench", "-h", "--help")]:
         raise UserError(f"unknown argument {unknown[0]}: hyperparameters are environment variables; see --print-config")
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
         return 0
     cfg = resolve_run(os.environ)
+    if arguments:  # training says it in its log
+        say_near_misses(os.environ)
     if "--print-config" in arguments:
-        print("\n".join(config_lines(cfg)))
+        lines = config_lines(cfg, find)
+        if not lines:
+            raise UserError(f"no setting has {find!r} in its name or help")
+        print("\n".join(lines))
         return 0
     if "--describe" in arguments:
         with torch.device("meta"):  # shapes alone: no weights are drawn

@@ -159,7 +159,7 @@ def check_tokenizer(data_path: str | Path, tokenizer_path: str | Path) -> str:
 def load_tokenizer(path: str | Path, vocab_size: int | None = None):
     """The tokenizer in a file; refuses a vocabulary of another size than the model's."""
     if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path} is not a file")
+        raise UserError(f"TOKENIZER_PATH={path} is not a file; `python data/prepare.py` makes one with its shards (see data/README.md)")
     tokenizer = parse_tokenizer(Path(path).read_bytes(), str(path))
     if vocab_size is not None and tokenizer.vocab_size() != vocab_size:
         raise UserError(f"{path} has {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")

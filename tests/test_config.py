@@ -5,6 +5,9 @@ import re
 import pytest
 from conftest import ROOT
 
+import codec
+import eval_ttt
+import quantize
 import train_gpt as T
 
 PRESETS = sorted(path.parent.name for path in (ROOT / "records").glob("*/config.env"))
@@ -87,6 +90,49 @@ def test_near_misses_are_warned_about():
         "environment variable MODEL_DIMS is not a setting; did you mean MODEL_DIM?",
         "environment variable WARMDOWN_FRACS is not a setting; did you mean WARMDOWN_FRAC?",
     ]
+
+
+def test_foreign_names_are_answered_with_their_substitute(capsys, monkeypatch):
+    """What other code bases call their settings is neither a setting here nor silently ignored, by whichever command."""
+    assert not set(T.FOREIGN) & {name.upper() for name in T.PART_OF}
+    for substitute in T.FOREIGN.values():
+        assert {word for word in re.findall(r"[A-Z][A-Z0-9_]{3,}", substitute)} <= {name.upper() for name in T.PART_OF}, substitute
+    with pytest.raises(T.UserError, match=r"unknown setting WARMDOWN_ITERS \(run\): use WARMDOWN_FRAC"):
+        T.Config.from_dict({"warmdown_iters": 3000})
+    monkeypatch.setenv("WARMDOWN_ITERS", "3000")
+    for argument in ("--describe", "--print-config"):
+        monkeypatch.setattr("sys.argv", ["train_gpt.py", argument])
+        assert T.main() == 0
+        assert "WARMDOWN_ITERS is not a setting here: use WARMDOWN_FRAC, a fraction of the budget" in capsys.readouterr().err
+    for command in (eval_ttt, quantize, codec):
+        monkeypatch.setattr("sys.argv", ["x.py", "nowhere"])
+        with pytest.raises(T.UserError):
+            command.main()
+        assert "use WARMDOWN_FRAC" in capsys.readouterr().err
+
+
+def test_print_config_filters_and_explains(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", "--print-config", "warmdown"])
+    monkeypatch.setenv("WARMDOWN_FRAC", "0.5")
+    assert T.main() == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.split() == ["WARMDOWN_FRAC", "0.5", "env"] and second.endswith("[0 to 1]")
+    lines = "\n".join(T.config_lines(T.Config(), "kneser"))
+    assert "[one of kneser_ney, witten_bell]" in "\n".join(T.config_lines(T.Config(), "ngram_smoothing")) and not lines
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", "--print-config", "no such thing"])
+    with pytest.raises(T.UserError, match="no setting has"):
+        T.main()
+
+
+def test_the_vocabulary_follows_a_tokenizer_that_is_named_above_it(dataset):
+    tokenizer = {"TOKENIZER_PATH": str(dataset.tokenizer)}
+    for preset in ({}, {"PRESET": "base"}):
+        cfg = T.resolve_config({**tokenizer, **preset})
+        assert cfg.model.vocab_size == 512 and cfg.origins["vocab_size"] == "tokenizer"
+    assert T.resolve_config({**tokenizer, "VOCAB_SIZE": "256"}).model.vocab_size == 256, "said outright, it stays (and is refused later)"
+    assert T.resolve_config({"PRESET": "base"}).model.vocab_size == 8192
+    base = T.resolve_config({"VOCAB_SIZE": "300"}).to_dict()
+    assert T.resolve_config(tokenizer, base).model.vocab_size == 300, "a finished run has its own"
 
 
 def test_a_finished_model_fixes_its_own_settings():
