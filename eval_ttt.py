@@ -55,6 +55,7 @@ from train_gpt import (
     SIZE_LIMIT_BYTES,
     Config,
     EvalConfig,
+    EvalResult,
     HashEmbedding,
     Linear,
     RunContext,
@@ -887,34 +888,61 @@ def print_report(result: dict, ctx: RunContext) -> None:
         ctx.log(line)
 
 
-def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
-    """Everything that eval.json holds."""
-    artifact = load_artifact(path, ctx.device)
-    cfg, began = artifact.cfg, time.perf_counter()
-    tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens)
-    validated = artifact.meta.get("val_data_sha256")
-    if validated and (here := split_digest(cfg.run.data_path, "val")) != validated:
-        ctx.log(f"warning: the validation shards (SHA-256 {here[:12]}…) are not those the run was validated on ({validated[:12]}…)")
-    tokenizer = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
-    if audit:
-        cfg = audited(cfg, len(tokens) - 1, ctx)
-    evaluator = ScoreFirstEvaluator(artifact.model, cfg, ByteTable.for_validation(tokenizer, cfg.run.data_path), ctx)
-    mode = compile_mode(cfg.run, ctx.device)
-    ctx.log(
-        f"evaluating {len(tokens) - 1:,} targets: window {evaluator.seq_len}, stride {cfg.eval.eval_stride}, {ctx.world_size} rank(s) on "
-        f"{ctx.device.type}, compiled: {'no' if mode == '0' else mode}"
-    )
+class Evaluation:
+    """An artifact on its validation text. Made, it has read everything and refused what is at fault; nothing is scored before `run`."""
 
-    seconds = {"compile": evaluator.compile(len(tokens) - 1, full=audit)}
-    if seconds["compile"]:
-        ctx.log(f"compiled in {seconds['compile']:.1f}s")
-    trace = None
-    if cfg.eval.ttt_enabled or cfg.eval.expert_names or cfg.eval.invalid_cache or audit:
-        if cfg.eval.ttt_enabled:
-            trainable = sum(param.numel() for param in evaluator.trainer.params)
+    def __init__(self, path: Path, ctx: RunContext, audit: bool = False):
+        self.began = time.perf_counter()
+        self.path, self.ctx, self.audit = path, ctx, audit
+        self.artifact = load_artifact(path, ctx.device)
+        cfg = self.artifact.cfg
+        self.tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens)
+        self.tokenizer = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
+        self.cfg = audited(cfg, len(self.tokens) - 1, ctx) if audit else cfg
+        byte_table = ByteTable.for_validation(self.tokenizer, cfg.run.data_path)
+        self.evaluator = ScoreFirstEvaluator(self.artifact.model, self.cfg, byte_table, ctx)
+        plan_windows(len(self.tokens) - 1, self.evaluator.seq_len, cfg.eval.eval_stride)  # refuses what leaves tokens out
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict:
+        """Everything that eval.json holds."""
+        self._announce()
+        self.seconds["compile"] = self.evaluator.compile(len(self.tokens) - 1, full=self.audit)
+        if self.seconds["compile"]:
+            self.ctx.log(f"compiled in {self.seconds['compile']:.1f}s")
+        cfg = self.cfg.eval
+        trace = self._score_first() if cfg.ttt_enabled or cfg.expert_names or cfg.invalid_cache or self.audit else None
+        # Last, so that what counts is scored by a process that has not seen the text before.
+        plain = self.evaluator.sliding(self.tokens)
+        self.seconds["sliding"] = plain.seconds
+        self.ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s ({plain.tokens_scored / plain.seconds:,.0f} tok/s)")
+        result = {**self._scores(plain, trace), **self._sizes(), **self._circumstances()}
+        result["chunk_losses"] = trace.chunks if trace else None
+        result["audit"] = self._audit(trace) if self.audit else None
+        self.seconds["total"] = time.perf_counter() - self.began
+        scoring = {phase: took for phase, took in self.seconds.items() if took and phase not in ("compile", "audit", "total")}
+        rates = {phase: result["tokens_scored"] / took for phase, took in scoring.items()}
+        return {**result, "seconds": self.seconds, "tokens_per_second": rates}
+
+    def _announce(self) -> None:
+        cfg, ctx = self.cfg, self.ctx
+        validated = self.artifact.meta.get("val_data_sha256")
+        if validated and (here := split_digest(cfg.run.data_path, "val")) != validated:
+            ctx.log(f"warning: the validation shards (SHA-256 {here[:12]}…) are not those the run was validated on ({validated[:12]}…)")
+        mode = compile_mode(cfg.run, ctx.device)
+        ctx.log(
+            f"evaluating {len(self.tokens) - 1:,} targets: window {self.evaluator.seq_len}, stride {cfg.eval.eval_stride}, {ctx.world_size} rank(s) "
+            f"on {ctx.device.type}, compiled: {'no' if mode == '0' else mode}"
+        )
+
+    def _score_first(self) -> EvaluationTrace:
+        """The pass that counts: TTT and experts, as far as they are on."""
+        cfg, ctx = self.cfg.eval, self.ctx
+        if cfg.ttt_enabled:
+            trainable = sum(param.numel() for param in self.evaluator.trainer.params)
             ctx.log(
-                f"score-first TTT: {cfg.eval.ttt_optimizer} lr {cfg.eval.ttt_lr:g} on {cfg.eval.ttt_params} ({trainable:,} parameters), "
-                f"{cfg.eval.ttt_epochs} epochs, chunks of {cfg.eval.ttt_chunk_tokens:,}, schedule {cfg.eval.ttt_lr_schedule}"
+                f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
+                f"{cfg.ttt_epochs} epochs, chunks of {cfg.ttt_chunk_tokens:,}, schedule {cfg.ttt_lr_schedule}"
             )
         started = time.perf_counter()
 
@@ -923,68 +951,65 @@ def evaluate_artifact(path: Path, ctx: RunContext, audit: bool = False) -> dict:
                 mean = so_far.ledger.nll[:reached].mean().item()
                 ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / (time.perf_counter() - started):,.0f}")
 
-        trace = evaluator.run(tokens, full=audit, report=progress)
-        seconds |= {"score_first": time.perf_counter() - started, **trace.seconds}
-    # Last, so that what counts is scored by a process that has not seen the text before.
-    plain = evaluator.sliding(tokens)
-    seconds["sliding"] = plain.seconds
-    ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s ({plain.tokens_scored / plain.seconds:,.0f} tok/s)")
-    final = (plain.val_loss, plain.val_bpb, plain.tokens_scored, plain.bytes_scored)
-    if trace:
-        final = (trace.val_loss, trace.val_bpb, int(trace.scored.sum()), trace.bytes_scored)
-        assert trace.bytes_scored == plain.bytes_scored and final[2] == plain.tokens_scored
+        trace = self.evaluator.run(self.tokens, full=self.audit, report=progress)
+        self.seconds |= {"score_first": time.perf_counter() - started, **trace.seconds}
+        return trace
 
-    names = cfg.eval.expert_names
-    bytes_model, bytes_code, bytes_tokenizer, tokenizer_counted = sizes(artifact, tokenizer)
-    result = {
-        "val_loss": final[0],
-        "val_bpb": final[1],
-        "sliding_bpb": plain.val_bpb,
-        "sliding_loss": plain.val_loss,
-        "ttt_bpb": (trace.bpb("neural_raw") if trace.series else trace.val_bpb) if cfg.eval.ttt_enabled else None,
-        "experts_bpb": trace.val_bpb if names else None,
-        "experts": expert_gains(trace, names) if names else None,
-        "expert_tables": {"contexts": trace.contexts_known, "refused": trace.contexts_refused, "bytes": trace.expert_bytes}
-        if names
-        else None,
-        "invalid_cache": trace.invalid if trace else None,
-        "tokens_scored": final[2],
-        "bytes_scored": final[3],
-        "bytes_model": bytes_model,
-        "bytes_code": bytes_code,
-        "bytes_tokenizer": bytes_tokenizer,
-        "bytes_total": bytes_model + bytes_code + bytes_tokenizer * tokenizer_counted,
-        "tokenizer_counted": tokenizer_counted,
-        "sha256": {
-            "artifact": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "code": hashlib.sha256(code_script()).hexdigest(),
-            "tokenizer": tokenizer_hash(cfg.run.tokenizer_path),
-            "tokens": hashlib.sha256(tokens.numpy().astype("<u2").tobytes()).hexdigest(),  # as in the shards, without their headers
-        },
-        "world_size": ctx.world_size,
-        "device": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "chunk_losses": trace.chunks if trace else None,
-        "audit": None,
-    }
-    if audit:
+    def _scores(self, plain: EvalResult, trace: EvaluationTrace | None) -> dict:
+        """val_loss and val_bpb are of the last stage that is on; the others stand beside it."""
+        scores = {"val_loss": plain.val_loss, "val_bpb": plain.val_bpb, "sliding_bpb": plain.val_bpb, "sliding_loss": plain.val_loss}
+        scores |= {"ttt_bpb": None, "experts_bpb": None, "experts": None, "expert_tables": None, "invalid_cache": None}
+        scores |= {"tokens_scored": plain.tokens_scored, "bytes_scored": plain.bytes_scored}
+        if trace is None:
+            return scores
+        assert trace.bytes_scored == plain.bytes_scored and int(trace.scored.sum()) == plain.tokens_scored
+        scores |= {"val_loss": trace.val_loss, "val_bpb": trace.val_bpb, "invalid_cache": trace.invalid}
+        if self.cfg.eval.ttt_enabled:
+            scores["ttt_bpb"] = trace.bpb("neural_raw") if trace.series else trace.val_bpb
+        if names := self.cfg.eval.expert_names:
+            tables = {"contexts": trace.contexts_known, "refused": trace.contexts_refused, "bytes": trace.expert_bytes}
+            scores |= {"experts_bpb": trace.val_bpb, "experts": expert_gains(trace, names), "expert_tables": tables}
+        return scores
+
+    def _sizes(self) -> dict:
+        model, code, tokenizer, counted = sizes(self.artifact, self.tokenizer)
+        return {
+            "bytes_model": model,
+            "bytes_code": code,
+            "bytes_tokenizer": tokenizer,
+            "bytes_total": model + code + tokenizer * counted,
+            "tokenizer_counted": counted,
+        }
+
+    def _circumstances(self) -> dict:
+        """What was evaluated, with what, where."""
+        cfg, ctx = self.artifact.cfg, self.ctx
+        return {
+            "sha256": {
+                "artifact": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+                "code": hashlib.sha256(code_script()).hexdigest(),
+                "tokenizer": tokenizer_hash(cfg.run.tokenizer_path),
+                "tokens": hashlib.sha256(
+                    self.tokens.numpy().astype("<u2").tobytes()
+                ).hexdigest(),  # as in the shards, without their headers
+            },
+            "world_size": ctx.world_size,
+            "device": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "config": {**artifact_settings(cfg), **cfg.to_dict("run")},
+            "run": {key: self.artifact.meta.get(key) for key in ("steps", "train_seconds", "looping", "tokenizer_sha256")},
+        }
+
+    def _audit(self, trace: EvaluationTrace) -> dict:
         started = time.perf_counter()
-        checks = audit_run(path, artifact, evaluator, tokens, trace)
-        seconds["audit"] = time.perf_counter() - started
-        result["audit"] = {
+        checks = audit_run(self.path, self.artifact, self.evaluator, self.tokens, trace)
+        self.seconds["audit"] = time.perf_counter() - started
+        return {
             "verdict": auditing.verdict(checks),
             "missing": auditing.missing(checks),
             "scope": "val_bpb, over the whole of the text named by sha256.tokens; sliding_bpb, ttt_bpb and the experts' gains are not audited",
             "checks": [dataclasses.asdict(check) for check in checks],
         }
-    seconds["total"] = time.perf_counter() - began
-    result["seconds"] = seconds
-    result["tokens_per_second"] = {
-        phase: final[2] / took for phase, took in seconds.items() if took and phase not in ("compile", "audit", "total")
-    }
-    result["config"] = {**artifact_settings(artifact.cfg), **artifact.cfg.to_dict("run")}
-    result["run"] = {key: artifact.meta.get(key) for key in ("steps", "train_seconds", "looping", "tokenizer_sha256")}
-    return result
 
 
 def retire_score(path: Path, ctx: RunContext) -> None:
@@ -1032,9 +1057,10 @@ def main() -> int:
         if "--serve" in flags:  # nothing may be printed: stdout is the protocol's
             serve_artifact(path, ctx)
             return 0
+        evaluation = Evaluation(path, ctx, audit="--audit" in flags)  # every fault of input ends here, and the former score stays
         if ctx.is_main:
             retire_score(path.with_name("eval.json"), ctx)
-        result = evaluate_artifact(path, ctx, audit="--audit" in flags)
+        result = evaluation.run()
         print_report(result, ctx)
         if result["audit"]:
             ctx.log("")
