@@ -62,6 +62,7 @@ from train_gpt import (
     ModelConfig,
     RunContext,
     eval_batch_size,
+    known_settings,
     load_tokens,
     plan_kernels,
     resolve_config,
@@ -591,7 +592,7 @@ class Session:
         if self.ctx.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         artifact = load_artifact(path, self.ctx.device)
-        base, cfg = Config.from_dict(artifact.meta["config"]).to_dict(), artifact.cfg
+        base, cfg = Config.from_dict(known_settings(artifact.meta["config"])).to_dict(), artifact.cfg
         if coded:
             here = {name: cfg[name] for name in _ELSEWHERE}
             cfg = Config.from_dict({**base, **here, **coded.header["settings"]})

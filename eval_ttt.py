@@ -221,7 +221,9 @@ class TestTimeTrainer:
             for multiple in sorted(set(self.multiples))
         ]
         if cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(groups, lr=cfg.ttt_lr, betas=(0.9, 0.95), weight_decay=cfg.ttt_adam_wd)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=cfg.ttt_lr, betas=(0.9, 0.95), weight_decay=0.0
+            )  # the artifact is no zero to return to
         else:
             nesterov = cfg.ttt_nesterov and cfg.ttt_momentum > 0
             self.optimizer = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum, nesterov=nesterov)

@@ -395,7 +395,6 @@ class ExpertConfig(Part):
     ngram_order: int = setting(9, "longest n-gram counted", low=2, high=16)
     ngram_max_contexts: int = setting(1 << 25, "contexts kept over all orders (about 100 bytes each, their successors included)", low=1)
     ngram_smoothing: str = setting("kneser_ney", "of the n-gram distributions", choices=("kneser_ney", "witten_bell"))
-    cache_min_count: int = setting(2, "times the gated cache must have seen a context to use it", low=1)
     temperature_strength: float = setting(0.15, "temperature = 1 - this * (1 - H / ln V)", low=0, high=0.99)
     calibration_clamp: float = setting(2.0, "largest logit bias of the calibration, nats", low=0)
     calibration_momentum: float = setting(0.999, "of its averages, per 64 tokens", low=0, high=1)
@@ -437,20 +436,12 @@ class EvalConfig(ExpertConfig):
     ttt_max_lr_mult: float = setting(
         3.0, "schedule adaptive: cosine times a factor rising from 1 to this over the first 30 % of chunks", low=1
     )
-    ttt_adam_wd: float = setting(0.0, "weight decay of AdamW", low=0)
     eval_tokens: int = setting(0, "evaluate the first n validation tokens only; 0: all", low=0)
     invalid_cache: bool = setting(False, "also report what the target-keyed cache formula, which is no probability, would claim")
     codec_streams: int = setting(
         0, "streams that codec.py codes in lockstep; 0: by the text's length, at most 256 on CUDA and 32 elsewhere", low=0, high=65536
     )
-    audit_tokens: int = setting(0, "the audit's reruns stay within the first n tokens; 0: two chunks and a window", low=0)
-    audit_places: int = setting(6, "places where the audit changes tokens and runs again", low=1)
     audit_samples: int = setting(64, "positions whose full distribution the audit looks at", low=1)
-    audit_tolerance: float = setting(
-        0.001,
-        "nats by which the audit's reruns may differ on a GPU, beyond 4 times the measured noise of an unchanged rerun; CPU: 0",
-        low=0,
-    )
 
 
 PARTS = {"run": RunConfig, "model": ModelConfig, "train": TrainConfig, "quant": QuantConfig, "eval": EvalConfig}
@@ -592,6 +583,11 @@ def read_preset(preset: str, records: Path | None = None) -> dict[str, tuple[str
     return values
 
 
+def known_settings(stored: Mapping) -> dict:
+    """Of stored settings those that still are some: what an earlier version wrote may hold others."""
+    return {name: value for name, value in stored.items() if name in PART_OF}
+
+
 def resolve_config(environ: Mapping[str, str], base: Mapping | None = None) -> Config:
     """default < preset (or, given `base`, the finished run's settings) < environment. VOCAB_SIZE follows a tokenizer that is named above it.
 
@@ -599,6 +595,7 @@ def resolve_config(environ: Mapping[str, str], base: Mapping | None = None) -> C
     """
     raw: dict[str, tuple[object, str]] = {}
     if base is not None:
+        base = known_settings(base)
         raw.update({name: (value, "run") for name, value in base.items()})
     elif environ.get("PRESET"):
         raw.update(read_preset(environ["PRESET"]))
@@ -2690,7 +2687,7 @@ def restore_checkpoint(state: TrainState, cfg: Config, folder: Path, ctx: RunCon
     state.load(ctx.broadcast_tensors(found.get("tensors", {})))
     state.step, state.elapsed, state.stream.position = meta["step"], meta["elapsed"], meta["position"]
     state.model.looping = meta["looping"]
-    before = training_progress(Config.from_dict(meta["config"]).train, state.step, state.elapsed)
+    before = training_progress(Config.from_dict(known_settings(meta["config"])).train, state.step, state.elapsed)
     progress = training_progress(cfg.train, state.step, state.elapsed)
     if before >= 1 > progress:
         ctx.log(f"resume: the run was finished; it is extended, and its schedules go back from 100% to {progress:.1%} of the budget")

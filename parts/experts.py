@@ -497,6 +497,7 @@ class Tilt:
 TRANSFORMS = ("tilt", "temperature", "calibration")  # re-shape the neural distribution, in this order
 MEMBERS = ("ngram", "cache", "unigram", "bigram", "trigram", "entropy")  # stand beside it in the mixture
 EXPERTS = TRANSFORMS + MEMBERS
+CACHE_MIN_COUNT = 2  # times the gated cache must have seen a context to use it (card E)
 CALIBRATION_PRIOR = 16.0  # pseudo-observations of each token that say f_emp = f_pred
 
 # What makes two positions alike to the mixer.
@@ -664,7 +665,7 @@ class Prediction:
             last = cfg.ngram_order - 1
             columns["ngram"] = slices[:, last]
             if "cache" in mixture.members:
-                found = mixture.history.matched_order(self.nodes[rows], cfg.cache_min_count)
+                found = mixture.history.matched_order(self.nodes[rows], CACHE_MIN_COUNT)
                 alpha = order_adaptive_alpha(self.entropy[rows], found + 1)[:, None]
                 columns["cache"] = (1 - alpha) * neural + alpha * slices[:, last]
             for k, name in enumerate(("unigram", "bigram", "trigram")):

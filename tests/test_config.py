@@ -139,6 +139,7 @@ def test_a_finished_model_fixes_its_own_settings():
     base = T.resolve_config({"MODEL_DIM": "256"}).to_dict()
     assert T.resolve_config({"EVAL_STRIDE": "8", "MODEL_DIM": "256"}, base).eval.eval_stride == 8
     assert T.resolve_config({"PRESET": "legal_ttt"}, base).model.model_dim == 256, "a preset cannot change a finished run"
+    assert T.resolve_config({}, {**base, "gone_since": 3}) == T.resolve_config({}, base), "a setting that is gone is in older runs"
     with pytest.raises(T.UserError, match="MODEL_DIM=128 contradicts the trained model"):
         T.resolve_config({"MODEL_DIM": "128"}, base)
 
