@@ -66,6 +66,7 @@ def main() -> int:
 def report(folder: Path, cfg: Config) -> list[tuple[str, str, str]]:
     """The results as rows (name, value, note)."""
     result = read_json(folder / "eval.json") or {}
+    proof = result.get("proof")
     trained = [event for event in read_metrics(folder) if event["event"] == "done"] or [{}]
     rows = [
         ("val_bpb, float model", trained[-1].get("val_bpb"), f"non-overlapping windows of {cfg.train.train_seq_len}"),
@@ -75,7 +76,7 @@ def report(folder: Path, cfg: Config) -> list[tuple[str, str, str]]:
         ("bytes, code", result.get("bytes_code"), ""),
         ("bytes, total", result.get("bytes_total"), f"limit {SIZE_LIMIT_BYTES:,}"),
         ("val_bpb, as a file", result.get("val_bpb_file"), "8 * file / text; restored by a process that cannot read the text"),
-        ("bytes, validation text", (result.get("proof") or {}).get("text_bytes"), ""),
+        ("bytes, validation text", proof.get("text_bytes") if isinstance(proof, dict) else None, ""),
         ("bytes, compressed", result.get("bytes_file"), f"{folder.name}/validation.coded"),
     ]
     shown = []

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import ByteTable, check_tokenizer, list_shards, load_shard, load_tokenizer
+from data.shards import ByteTable, check_tokenizer, list_shards, load_shard, load_tokenizer, split_digest
 from parts import packing
 from parts.artifact import artifact_settings, restore_weights
 from parts.bundle import bundle
@@ -1038,8 +1038,10 @@ def compare_command(path: Path) -> dict[str, dict]:
 # Commands
 # ----------------------------------------------------------------------------------------------------------------------
 def open_run(run_dir: Path) -> Config:
-    """The run's settings under the environment's."""
+    """The run's settings under the environment's. Refused where the results could not be written: that is known before the work."""
     config, _, _ = load_run(run_dir)
+    if not os.access(run_dir, os.W_OK):
+        raise UserError(f"{run_dir} cannot be written")
     return resolve_config(os.environ, base=config)
 
 
@@ -1051,6 +1053,9 @@ def quantize_command(run_dir: Path, search_seconds: float) -> None:
         if (cfg.train.late_qat_threshold or cfg.train.qat_last_frac) and cfg.train.qat_bits != cfg.quant.matrix_bits:
             ctx.log(f"warning: the run was trained for {cfg.train.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.quant.matrix_bits}")
         quantizer = Quantizer(run_dir, cfg, ctx)
+        trained_on, here = quantizer.meta.get("train_data_sha256"), split_digest(cfg.run.data_path, "train")
+        if trained_on not in (None, here):
+            ctx.log(f"warning: calibrates on other training shards (SHA-256 {here[:12]}…) than the run was trained on ({trained_on[:12]}…)")
         for reason in quantizer.skipped_rotations:
             ctx.log(f"hadamard: skipped, {reason}")
         quantizer.calibrate()

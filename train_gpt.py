@@ -3040,8 +3040,8 @@ class Trainer:
     def run_step(self, progress: float) -> Tensor | None:
         """Forward, backward and update on the next TRAIN_BATCH_TOKENS; returns the mean loss (a tensor: reading it would wait).
 
-        None if a stop was asked for between two micro-batches: what was done of the step is then undone, and so it is if it fails
-        before the update (no data, no memory), so that the state of the last step can be saved.
+        None if a stop was asked for between two micro-batches: the random numbers drawn are then put back, and so they are if the step fails
+        before the update (no data, no memory), so that the state of the last step can be saved. Gradients are not part of it.
         """
         state = self.state
         generators = random_state(self.ctx.device)
@@ -3050,10 +3050,10 @@ class Trainer:
             if loss is not None:
                 state.optimizers.reduce_gradients(loss)
         except BaseException:
-            self.undo_step(generators)
+            set_random_state(generators)
             raise
         if loss is None:
-            self.undo_step(generators)
+            set_random_state(generators)
             return None
         self.between_steps = False
         cfg = self.cfg.train
@@ -3077,11 +3077,6 @@ class Trainer:
                 boundaries = state.stream.boundaries(first, batch.per_micro, batch.row_tokens, self.ctx.device, batch.span)
             loss += self.micro_step(inputs, targets, boundaries, batch.span, batch.accumulation)
         return loss
-
-    def undo_step(self, generators: list[Tensor]) -> None:
-        set_random_state(generators)
-        for param in self.state.model.parameters():
-            param.grad = None
 
     def set_phase(self, progress: float) -> None:
         """Switch sequence length, depth recurrence and QAT when their time has come."""

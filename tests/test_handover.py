@@ -86,6 +86,21 @@ def test_every_command_refuses_a_tokenizer_that_did_not_write_the_shards(run, da
         command(module, shutil.copytree(run, tmp_path / "run") / target, DATA_PATH=folder, DEVICE="cpu")
 
 
+def test_calibration_on_other_training_data_says_so(run, dataset, tmp_path, capsys):
+    folder, data = shutil.copytree(run, tmp_path / "run"), shutil.copytree(dataset.path, tmp_path / "data")
+    (data / "fineweb_train_000001.bin").unlink()
+    command(Q, folder, DATA_PATH=data, DEVICE="cpu")
+    assert "warning: calibrates on other training shards" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(run, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere: the file system has to say it
+    with pytest.raises(T.UserError, match="run cannot be written"):
+        command(Q, run)
+    eval_ttt.retire_score(run / "eval.json", T.RunContext())
+    assert "cannot be written: the score will be printed only" in capsys.readouterr().out
+
+
 def test_the_demo_reports_what_can_be_read(run, tmp_path, monkeypatch, capsys):
     cfg = T.resolve_config({"PRESET": "demo"})
     values = dict(row[:2] for row in demo.report(run, cfg))

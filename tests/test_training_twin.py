@@ -90,3 +90,12 @@ def test_two_ranks_equal_the_twin(launch):
     assert result.returncode == 0, result.stderr[-2000:]
     folder = launch.runs / "twin"
     assert_close(weights(folder), twin(T.Config.from_dict(T.load_run(folder)[0]), looping_at=0.4), 2e-2)
+
+
+def test_qat_noise_has_the_spread_of_rounding():
+    """Mode noise: sigma = QAT_NOISE_SCALE · step / √12, the standard deviation of a rounding error at scale 1."""
+    module, weight = T.FakeQuantize(6, 12.85, "noise", 0.5), torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
+    module.strength.fill_(1.0)
+    torch.manual_seed(0)
+    step = 12.85 / 31 * weight.std(dim=1)
+    torch.testing.assert_close((module(weight) - weight).std(dim=1), 0.5 * step / math.sqrt(12), rtol=0.02, atol=0)
