@@ -61,7 +61,7 @@ def finished_score(run_dir: Path) -> dict:
     if hashes.get("code", code_hash()) != code_hash():
         raise UserError(f"{path} is the score of other code than would be handed in: {again}")
     if config.get("eval_tokens"):
-        raise UserError(f"{path} scores {scores.get('tokens_scored')} targets only: unset EVAL_TOKENS and {again}")
+        raise UserError(f"{path} scores {scores.get('tokens_scored')} targets only: run `EVAL_TOKENS=0 python eval_ttt.py {artifact}`")
     if (scores.get("audit") or {}).get("verdict") == "fail":
         raise UserError(f"{path}: the audit's verdict is fail: {again} with --audit, once what it found is mended")
     return scores
