@@ -167,7 +167,12 @@ def of_another_model(path):
     T.save_tensors(path, {name: tensor for name, tensor in tensors.items() if "tok_emb" not in name}, meta)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, rename_a_tensor, of_another_model])
+def of_another_width(path):
+    tensors, meta = T.load_tensors(path)
+    T.save_tensors(path, {**tensors, "model/tok_emb.weight": tensors["model/tok_emb.weight"][:, :-1]}, meta)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, rename_a_tensor, of_another_model, of_another_width])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, interrupted, damage):
     folder = interrupted(RUN_ID="broken")
     damage(folder / "checkpoints" / "step_0000008.safetensors")
@@ -424,6 +429,27 @@ def test_ranks_run_the_settings_of_rank_zero(tmp_path):
         "warning: SEED=9 on rank 1, 1337 on rank 0: rank 0's setting holds everywhere",
         "warning: MATRIX_LR=0.001 on rank 1, 0.03 on rank 0: rank 0's setting holds everywhere",
     ]
+
+
+def test_other_batches_are_refused_at_resume(train, interrupted):
+    """TRAIN_BATCH_TOKENS_PER_GPU on another number of ranks: no setting differs, the run would."""
+    folder = interrupted(RUN_ID="run")
+    cfg = T.resolve_run(clean_environment(RESUME=1, RUN_ID="run", RUNS_DIR=folder.parent))
+    trainer = T.Trainer(cfg, T.RunContext(), folder)
+    with pytest.raises(T.UserError, match="a step takes 1,024 tokens here, but the run began with 512"):
+        T.restore_checkpoint(trainer.state, cfg, folder, trainer.ctx, {**trainer.made_from, "batch_tokens": 1024})
+
+
+def test_one_ranks_signal_stops_all_by_rank_zeros_clock(train, monkeypatch):
+    folder, _ = train(RUN_ID="run", ITERATIONS=1)
+    trainer = T.Trainer(T.Config.from_dict(T.load_run(folder)[0]), T.RunContext(world_size=2), folder)
+
+    def all_reduce(tensor, op):
+        other = torch.tensor([0.0, signal.SIGUSR1], dtype=tensor.dtype)  # rank 1: no clock of its own, but a signal
+        tensor.copy_({T.dist.ReduceOp.MAX: torch.maximum, T.dist.ReduceOp.MIN: torch.minimum}[op](tensor, other))
+
+    monkeypatch.setattr(T.dist, "all_reduce", all_reduce)
+    assert trainer.agree(12.5) == (12.5, signal.SIGUSR1)
 
 
 def test_ranks_that_would_train_something_else_are_refused(train, monkeypatch):
