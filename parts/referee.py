@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -198,8 +199,10 @@ def referee(
             shown = time.perf_counter()
             log(f"  {scored:,} of {targets:,} targets, {nll / scored:.4f} nats a target")
 
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}  # two replicas share the machine
+
     def start() -> Replica:
-        return Replica(command, targets, tokenizer.vocab_size(), block, Sandbox(files, secret=[text]))
+        return Replica(command, targets, tokenizer.vocab_size(), block, Sandbox(files, secret=[text]), {**threads, **os.environ})
 
     judgement = judge(start, tokens, block, cuts, progress)
     sizes = {str(path): path.stat().st_size for path in files if path.is_file()}

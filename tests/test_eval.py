@@ -14,8 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_pipeline import command
 
 import eval_ttt
+import quantize
+import train_gpt
 from data.shards import BOS_ID, ByteTable, load_shard, shard_header
 from eval_ttt import Chunk, ScoreFirstEvaluator, chunk_lr, plan_chunks
 from parts import audit
@@ -270,11 +273,11 @@ PIECEWISE = [
 @pytest.mark.parametrize("form", PIECEWISE, ids=lambda form: ",".join(form))
 def test_a_text_that_comes_piece_by_piece_gets_the_same_distributions_to_the_bit(form):
     """Blocks of 40 targets. One session gets each but for its last token and gives all its rows; the other gets it up to a cut, then the rest."""
-    tokens, cfg = stream(260), config(**form)
+    tokens, cfg = stream(150), config(**form)
     ours, theirs, whole = InProcess(evaluator(cfg), tokens), InProcess(evaluator(cfg), tokens), evaluator(cfg).run(tokens, full=True)
     generator, text = np.random.default_rng(1), tokens.numpy()
-    for start in range(0, 259, 40):
-        end = min(start + 40, 259)
+    for start in range(0, 149, 40):
+        end = min(start + 40, 149)
         ours.feed(text[ours.known : end])
         rows = ours.rows(start, end)
         for cut in sorted(set(generator.integers(start, end, 2).tolist())):
@@ -386,16 +389,17 @@ def first_validation_document(data, folder):
     return folder
 
 
-def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_path):
-    assert launch("train_gpt.py", RUN_ID="r", ITERATIONS=3).returncode == 0
-    run = launch.runs / "r"
-    made = launch("quantize.py", run)
-    assert made.returncode == 0, made.stderr
+def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_path, capfd):
+    """From training to a score that the audit passes, and to the referee's verdict on the same text; in this process where it can be."""
+    common = {**dataset.settings, "RUNS_DIR": tmp_path, "DEVICE": "cpu"}
+    run = tmp_path / "r"
+    command(train_gpt, **{**common, "RUN_ID": "r", "ITERATIONS": 3})
+    command(quantize, run, **common)
     artifact, written = run / "artifact.bin", run / "eval.json"
-    settings = dict(EXPERTS="tilt,ngram,entropy", AUDIT_SAMPLES=64, DATA_PATH=first_validation_document(dataset.path, tmp_path / "short"))
-    done = launch("eval_ttt.py", artifact, "--audit", **settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(written.read_text())
+    short = first_validation_document(dataset.path, tmp_path / "short")
+    settings = {**common, "EXPERTS": "tilt,ngram,entropy", "AUDIT_SAMPLES": 64, "DATA_PATH": short}
+    command(eval_ttt, artifact, "--audit", **settings)
+    printed, result = capfd.readouterr().out, json.loads(written.read_text())
     assert result["audit"]["verdict"] == "pass" and not result["audit"]["missing"]
     assert {c["name"]: c["verdict"] for c in result["audit"]["checks"]} == {
         "causality": PASS, "document independence": NOT_CHECKED, "normalization": PASS, "score before update": PASS, "single pass": PASS,
@@ -404,22 +408,31 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
     assert result["val_bpb"] == result["experts_bpb"] and result["bytes_total"] == result["bytes_model"] + result["bytes_code"]
     assert result["sha256"]["artifact"] == hashlib.sha256(artifact.read_bytes()).hexdigest() and result["bytes_tokenizer"] > 0
     assert result["sha256"]["tokenizer"] == hashlib.sha256(dataset.tokenizer.read_bytes()).hexdigest()
-    causality = result["audit"]["checks"][0]
-    assert "largest |recorded - blind|" in causality["figure"] and "audit: PASS" in done.stdout
-    training = next(check for check in result["audit"]["checks"] if check["name"] == "training text")
-    assert "the ones in DATA_PATH" in training["figure"]
-    assert result["bytes_model"] == artifact.stat().st_size and f"val_bpb:{result['val_bpb']:.6f}" in done.stdout
+    figures = {check["name"]: check["figure"] for check in result["audit"]["checks"]}
+    assert "largest |recorded - blind|" in figures["causality"] and "audit: PASS" in printed
+    assert "the ones in DATA_PATH" in figures["training text"]
+    assert result["bytes_model"] == artifact.stat().st_size and f"val_bpb:{result['val_bpb']:.6f}" in printed
+
+    # The same text judged by the referee: the same score, read from a submission that could see nothing of it ahead.
+    (tmp_path / "raw.txt").write_bytes((Path(sysconfig.get_paths()["stdlib"]) / "bisect.py").read_bytes())
+    command(eval_ttt, artifact, "--referee", tmp_path / "raw.txt", "--block", 512, "--cuts", 2, **settings)
+    printed, verdict = capfd.readouterr().out, json.loads((run / "referee.json").read_text())
+    assert verdict["verdict"] == PASS and "referee: PASS" in printed
+    assert verdict["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-5) and verdict["sha256"]["tokens"] == result["sha256"]["tokens"]
+    assert verdict["bytes_readable"] == result["bytes_total"] + result["bytes_tokenizer"]
 
     before = written.read_bytes()
     for arguments, environment, message in [
-        ((artifact, "--fast"), {}, "--fast"),
         ((run / "none.bin",), {}, "does not exist"),
+        ((artifact, "--cuts", "2"), {}, "usage"),
         ((artifact,), {"EXPERTS": "magic"}, "magic"),
         ((artifact,), {"EVAL_STRIDE": "4096"}, "EVAL_STRIDE"),
     ]:
-        failed = launch("eval_ttt.py", *arguments, **{**settings, **environment})
-        assert failed.returncode == 2 and message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+        with pytest.raises(UserError, match=message):
+            command(eval_ttt, *arguments, **{**settings, **environment})
     assert (run / "eval.previous.json").read_bytes() == before and not written.exists() and not list(run.glob(".*.tmp"))
+    failed = launch("eval_ttt.py", artifact, "--fast")
+    assert failed.returncode == 2 and "--fast" in failed.stderr and len(failed.stderr.strip().splitlines()) == 1, failed.stderr
 
 
 # ---- on a GPU ----
