@@ -131,7 +131,7 @@ def test_a_rank_ends_when_its_launcher_is_gone(tmp_path):
         "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'w').write('saved'), os._exit(0)))\n"
         "runs.end_with_parent(poll_seconds=0.01)\n"
         "print('ready', flush=True)\n"
-        "while True: time.sleep(1)"
+        "time.sleep(60)"
     )
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}, sys.argv[1]])"
     process = subprocess.Popen([sys.executable, "-c", launcher, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
