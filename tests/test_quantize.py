@@ -713,7 +713,6 @@ FORGERIES = [
     lambda h: h["config"].__setitem__("layer_pattern", "AAAAA"),
     lambda h: h["config"].__setitem__("mlp_mult", 15.0),
     lambda h: h["config"].__setitem__("vocab_size", "many"),
-    lambda h: h["config"].__setitem__("surprise", 1),
     lambda h: h["tensors"][0].__setitem__(0, "other.weight"),
     lambda h: h["tensors"][0].__setitem__(0, 5),
     lambda h: h["tensors"][-1].__setitem__(3, [1 << 26, 1]),
@@ -722,6 +721,14 @@ FORGERIES = [
     lambda h: h.__setitem__("tokenizer_sha256", "0" * 64),
     lambda h: h.pop("tokenizer_sha256"),
 ]
+
+
+def test_a_setting_of_another_version_changes_nothing(artifact, clean, tmp_path):
+    (tmp_path / "artifact.bin").write_bytes(forged(artifact, lambda h: h["config"].__setitem__("surprise", 1)))
+    (tmp_path / "plain.bin").write_bytes(artifact)
+    odd, plain = (load_artifact(tmp_path / name) for name in ("artifact.bin", "plain.bin"))
+    assert odd.cfg.to_dict() == plain.cfg.to_dict()
+    assert all(torch.equal(a, b) for a, b in zip(odd.model.parameters(), plain.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("number", range(len(FORGERIES)))
