@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from test_pipeline import command
 
@@ -11,7 +12,7 @@ import demo
 import eval_ttt
 import quantize as Q
 import train_gpt as T
-from data.shards import split_digest, tokenizer_hash
+from data.shards import shard_header, split_digest, tokenizer_hash
 from parts import packing
 
 
@@ -68,6 +69,17 @@ def test_a_shard_that_is_not_the_manifests_is_named(dataset, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(T.UserError, match=r"fineweb_train_000000\.bin holds .* tokens, but manifest\.json beside it says"):
         split_digest(folder, "train")
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_a_stretch_of_a_large_training_shard_does_not_change_unseen(tmp_path, part):
+    """A training shard's digest samples it: a twelfth, wherever it lies, always holds a sample."""
+    tokens = np.random.default_rng(0).integers(2, 500, 1_200_000, dtype=np.uint16)
+    digests = []
+    for changed in (tokens, np.where(np.arange(len(tokens)) // 100_000 == part, 7, tokens)):
+        (tmp_path / "fineweb_train_000000.bin").write_bytes(shard_header(len(tokens)) + changed.astype("<u2").tobytes())
+        digests.append(split_digest(tmp_path, "train"))
+    assert digests[0] != digests[1]
 
 
 def test_a_score_on_other_validation_data_says_so(run, dataset, tmp_path, capsys):
