@@ -41,7 +41,7 @@ demo:
 	@$(BIN)/python demo.py
 
 test:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-gpu:
 	$(BIN)/python -m pytest -m gpu -s

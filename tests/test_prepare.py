@@ -611,7 +611,7 @@ BAD_FILES = {
         (b"", "no usable document"),
     ],
     "a.txt": [(b"fine\xff\xfe", "a.txt: not UTF-8 text (byte 4"), ("▁".encode(), "no usable document")],
-    "a.jsonl.gz": [(gzip.compress(GOOD * 99)[:-9], "a.jsonl.gz: damaged or truncated"), (b"no archive", "a.jsonl.gz: damaged")],
+    "a.jsonl.gz": [(gzip.compress(GOOD * 99, mtime=0)[:-9], "a.jsonl.gz: damaged or truncated"), (b"no archive", "a.jsonl.gz: damaged")],
     "a.jsonl.zst": [
         (
             zstandard.ZstdCompressor().compress(json.dumps({"text": os.urandom(999).hex()}).encode())[:-9],
