@@ -126,6 +126,13 @@ def test_what_the_ledger_shows_fails(chunks, check):
     assert check(trace).verdict == FAIL
 
 
+def test_a_use_just_before_the_score_fails():
+    trace = Trace(Ledger(4), 4)
+    trace.ledger.use(slice(0, 4), "fit")
+    trace.ledger.score(slice(0, 4), torch.ones(4))  # the very next event
+    assert audit.check_score_before_update(trace).verdict == FAIL
+
+
 # ---- bytes, documents, tokenizer, size ----
 
 

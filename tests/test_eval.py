@@ -208,11 +208,22 @@ def test_byte_weights_and_masks_weigh_each_target_once_an_epoch():
         assert torch.allclose(old - param.detach(), grad, atol=1e-5, rtol=1e-4)
 
 
-def test_polyak_scores_with_the_average_and_trains_on():
-    cfg = config(ttt_polyak=0.9, ttt_epochs=1)
+def test_a_step_is_no_longer_than_the_clip_allows():
+    cfg = config(ttt_epochs=1, ttt_batch_seqs=50, ttt_momentum=0.0, ttt_nesterov=False, ttt_grad_clip=1e-3)
     trainer = evaluator(cfg).trainer
-    trainer.learn(stream(100), Chunk(0, 64), lr=0.05)
+    before = [param.detach().clone() for param in trainer.params]
+    trainer.learn(stream(100), Chunk(0, 64), lr=0.5)
+    moved = sum(float((new.detach() - old).square().sum()) for new, old in zip(trainer.params, before)) ** 0.5
+    assert moved == pytest.approx(0.5 * 1e-3, rel=1e-2)
+
+
+def test_polyak_scores_with_the_average_and_trains_on():
+    cfg = config(ttt_polyak=0.9, ttt_epochs=1, ttt_batch_seqs=50)
+    trainer = evaluator(cfg).trainer
+    before = [param.detach().clone() for param in trainer.params]
+    trainer.learn(stream(100), Chunk(0, 64), lr=0.05)  # one step
     live = [param.detach().clone() for param in trainer.params]
+    assert all(torch.allclose(average, 0.9 * old + 0.1 * new, atol=1e-7) for average, old, new in zip(trainer.average, before, live))
     with trainer.scoring_weights():
         inside = [param.detach().clone() for param in trainer.params]
     assert all(torch.equal(a, b) for a, b in zip(live, trainer.params))

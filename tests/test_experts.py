@@ -330,6 +330,8 @@ def test_fixed_share_comes_back():
     mixers = HedgeMixer(2, eta=1.0), HedgeMixer(2, eta=1.0, share=0.01)
     for mixer in mixers:
         mixer.update(torch.tensor([[[-1.0, -30.0]]]), g)
+    assert mixers[1].weights(g)[0, 0].tolist() == pytest.approx([0.99 + 0.005, 0.005]), "the share is spread over the members"
+    for mixer in mixers:
         mixer.update(torch.tensor([[[-8.0, -1.0]]]), g)
     assert mixers[0].weights(g)[0, 0, 1] < 1e-6 < 0.5 < mixers[1].weights(g)[0, 0, 1]
 
