@@ -1054,7 +1054,7 @@ def main() -> int:
     cfg = resolve_config(os.environ, base=header.get("config"))
     if text is not None:
         return referee_artifact(path, cfg, Path(text), [part for option in values.items() for part in option])
-    ctx = setup_distributed(cfg.run.device)
+    ctx = setup_distributed(cfg.run.device, cfg.run.cache_dir)
     try:
         if "--serve" in flags:  # nothing may be printed: stdout is the protocol's
             serve_artifact(path, ctx)

@@ -1048,7 +1048,7 @@ def open_run(run_dir: Path) -> Config:
 def quantize_command(run_dir: Path, search_seconds: float) -> None:
     """`python quantize.py runs/<RUN_ID>`: artifact.bin, evaluate.py and quantize.json in the run's folder."""
     cfg = open_run(run_dir)
-    ctx = setup_distributed(cfg.run.device)
+    ctx = setup_distributed(cfg.run.device, cfg.run.cache_dir)
     try:
         if (cfg.train.late_qat_threshold or cfg.train.qat_last_frac) and cfg.train.qat_bits != cfg.quant.matrix_bits:
             ctx.log(f"warning: the run was trained for {cfg.train.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.quant.matrix_bits}")
@@ -1190,7 +1190,7 @@ class Table:
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.cfg = run_dir, open_run(run_dir)
-        self.ctx = setup_distributed(self.cfg.run.device)
+        self.ctx = setup_distributed(self.cfg.run.device, self.cfg.run.cache_dir)
         if self.ctx.world_size > 1:
             raise UserError("the table is made by one process: run it without torchrun")
         cfg = self.cfg

@@ -108,6 +108,7 @@ class RunConfig(Part):
     fused_kernels: str = setting(
         "auto", "Triton kernels of parts/kernels.py: 0 plain, 1 required, auto where they run", choices=("auto", "0", "1")
     )
+    cache_dir: str = setting("", "folder that keeps compiled kernels for the next start; empty: where each compiler keeps them")
     gdn_backend: str = setting("auto", "auto: flash-linear-attention on CUDA, chunked PyTorch elsewhere", choices=("auto", "fla", "torch"))
 
     def faults(self) -> Iterator[str]:
@@ -760,8 +761,20 @@ class RunContext:
             dist.destroy_process_group()
 
 
-def setup_distributed(device: str = "auto") -> RunContext:
+def keep_compiled(folder: str) -> None:
+    """Every compiler's cache goes under `folder` (CACHE_DIR), unless its own variable says otherwise."""
+    if folder:
+        for variable, name in _COMPILERS.items():
+            os.environ.setdefault(variable, str(Path(folder).absolute() / name))
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # flash-attn-4 keeps nothing unless asked
+
+
+_COMPILERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attn"}
+
+
+def setup_distributed(device: str = "auto", cache_dir: str = "") -> RunContext:
     """Join torchrun's process group if there is one. CPU tensors go through gloo, CUDA tensors through NCCL."""
+    keep_compiled(cache_dir)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda, but torch sees no CUDA device here")
     on_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -3635,7 +3648,7 @@ def main() -> int:
             model = GPT(cfg.model)
         print("\n".join(describe(model, cfg)))
         return 0
-    ctx = setup_distributed(cfg.run.device)
+    ctx = setup_distributed(cfg.run.device, cfg.run.cache_dir)
     if "--bench" in arguments:
         benchmark = Benchmark(cfg, ctx)
         report = benchmark.run()
