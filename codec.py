@@ -408,7 +408,7 @@ class Lockstep:
         self.trainer, self.weights = None, contextlib.ExitStack()
         if cfg.eval.ttt_enabled and cfg.eval.ttt_epochs:
             seq_len = cfg.eval.ttt_seq_len or self.window
-            self.trainer = TestTimeTrainer(model, model, cfg.eval, cfg.run.seed, byte_table.to(self.device), ctx, seq_len)
+            self.trainer = TestTimeTrainer(model, model, cfg, byte_table.to(self.device), ctx, seq_len)
             self.weights.enter_context(self.trainer.scoring_weights())
         self.chunk_steps = max(1, round(cfg.eval.ttt_chunk_tokens / rows))
         if self.chunk_steps > self.stride:  # updates and windows both refill the caches: let them fall together

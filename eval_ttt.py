@@ -196,11 +196,11 @@ class TestTimeTrainer:
 
     __test__ = False  # not a test class, whatever its name suggests to pytest
 
-    def __init__(
-        self, model: GPT, forward: Callable[..., Tensor], cfg: EvalConfig, seed: int, byte_table: ByteTable, ctx: RunContext, seq_len: int
-    ):
+    def __init__(self, model: GPT, forward: Callable[..., Tensor], config: Config, byte_table: ByteTable, ctx: RunContext, seq_len: int):
+        cfg = config.eval
         self.forward, self.cfg, self.byte_table, self.ctx, self.seq_len = forward, cfg, byte_table, ctx, seq_len
-        chosen = choose_trainable(model, cfg, seed)
+        self.betas = config.train.beta1, config.train.beta2  # AdamW's, as the weights were trained with
+        chosen = choose_trainable(model, cfg, config.run.seed)
         self.params = [param for param, _ in chosen.values()]
         self.multiples = [multiple for _, multiple in chosen.values()]
         self.initial = [param.detach().clone() for param in self.params]
@@ -221,9 +221,8 @@ class TestTimeTrainer:
             for multiple in sorted(set(self.multiples))
         ]
         if cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=cfg.ttt_lr, betas=(0.9, 0.95), weight_decay=0.0
-            )  # the artifact is no zero to return to
+            # No weight decay: the artifact is no zero to return to.
+            self.optimizer = torch.optim.AdamW(groups, lr=cfg.ttt_lr, betas=self.betas, weight_decay=0.0)
         else:
             nesterov = cfg.ttt_nesterov and cfg.ttt_momentum > 0
             self.optimizer = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum, nesterov=nesterov)
@@ -380,7 +379,7 @@ class ScoreFirstEvaluator:
         self.trainer = None
         if cfg.eval.ttt_enabled:
             seq_len = cfg.eval.ttt_seq_len or self.seq_len
-            self.trainer = TestTimeTrainer(model, forward, cfg.eval, cfg.run.seed, self.byte_table, ctx, seq_len)
+            self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, seq_len)
         # With attention across documents, weights that learn on, or counts, a document's score rests on the documents before it.
         forgets = not cfg.eval.ttt_enabled or cfg.eval.ttt_reset_per_doc
         separate = cfg.model.document_mask or cfg.eval.eval_by_document

@@ -90,8 +90,10 @@ def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def artifact_settings(cfg: Config) -> dict:
-    """What an artifact says of its configuration: the model, how it is evaluated and on which text, the length it was trained at."""
-    return {**cfg.to_dict("model", "eval"), **{name: cfg[name] for name in ("train_seq_len", "data_path", "tokenizer_path", "seed")}}
+    """What an artifact says of its configuration: the model, how it is evaluated and on which text, and what evaluation takes over from training:
+    the length of a sequence and AdamW's betas."""
+    others = ("train_seq_len", "beta1", "beta2", "data_path", "tokenizer_path", "seed")
+    return {**cfg.to_dict("model", "eval"), **{name: cfg[name] for name in others}}
 
 
 def load_artifact(path: str | Path, device: torch.device | str = "cpu", check_tokenizer: bool = True) -> Artifact:

@@ -36,6 +36,7 @@ SMALL = {
     "AUDIT_SAMPLES": 64,
     "EXPERT_BLOCK_TOKENS": 64,
     "NGRAM_MAX_CONTEXTS": 1 << 16,
+    "BETA2": 0.97,  # no default: evaluation has it from the artifact alone
 }
 AUDITED = ("gdn_hybrid", "ngram_hedge")  # between them every kind of state; an audit runs the evaluation again
 LONG_CONTEXT = {"gdn_hybrid": {"EVAL_SEQ_LEN": 256, "EVAL_STRIDE": 64}}  # as on the card: longer than it was trained with
@@ -177,6 +178,8 @@ def test_what_learns_while_testing_is_what_the_preset_names(pipeline):
     if trainer is None:
         return
     assert type(trainer.optimizer).__name__.lower() == cfg.eval.ttt_optimizer
+    if cfg.eval.ttt_optimizer == "adamw":
+        assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.97)}, "training's"
     assert bool(trainer.average) == bool(cfg.eval.ttt_polyak)
     names = {id(param): name for name, param in pipeline.evaluator.forward.forward.named_parameters()}
     trained = {names[id(param)] for param in trainer.params}
