@@ -985,18 +985,18 @@ def package_exists(name: str) -> bool:
         return False
 
 
-def attention_mask(t_query: int, t_key: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Boolean [1 or B, 1, Tq, Tk]: what each query may see. Queries are the last Tq of the Tk positions (bottom-right causal).
+def attention_mask(length: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Boolean [1 or B, 1, T, T]: what each query may see.
 
-    `window` counts keys, the query's own position included; 0 is unlimited. documents: int [B, Tk] or None.
+    `window` counts keys, the query's own position included; 0 is unlimited. documents: int [B, T] or None.
     """
-    key = torch.arange(t_key, device=device)
-    query = key[t_key - t_query :, None]
+    key = torch.arange(length, device=device)
+    query = key[:, None]
     mask = (key <= query)[None, None]
     if window:
         mask = mask & (query - key < window)
     if documents is not None:
-        mask = mask & (documents[:, None, t_key - t_query :, None] == documents[:, None, None, :])
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
     return mask
 
 
@@ -1012,18 +1012,18 @@ def attention(
     longest: int = 0,
     backend: str = "plain",
 ) -> Tensor:
-    """Causal attention q [B,Tq,H,D] over k, v [B,Tk,Hkv,D], Tk ≥ Tq (the surplus is a cache of earlier keys). Returns [B,Tq,H,D].
+    """Causal attention q [B,T,H,D] over k, v [B,T,Hkv,D]. Returns [B,T,H,D].
 
     sink: one learned key per KV head [Hkv, D] with zero value, seen by every query: it only enlarges the softmax's denominator.
-    documents: int [B,Tk]; keys of other documents are hidden; fa4 takes them as `boundaries` (`kernels.document_boundaries`), `longest` at most. Every backend computes the same function (`naive_attention`).
+    documents: int [B,T]; keys of other documents are hidden; fa4 takes them as `boundaries` (`kernels.document_boundaries`), `longest` at most. Every backend computes the same function (`naive_attention`).
     """
-    t_query, t_key = q.size(1), k.size(1)
-    if t_query != t_key or (backend == "flex" and not torch.compiler.is_compiling()):
-        backend = "plain"  # cached keys need a bottom-right mask; an uncompiled FlexAttention would materialize more than the mask
-    masked = bool(window and window < t_key) or documents is not None
+    length = q.size(1)
+    if backend == "flex" and not torch.compiler.is_compiling():
+        backend = "plain"  # an uncompiled FlexAttention would materialize more than the mask
+    masked = bool(window and window < length) or documents is not None
     if backend == "fa4":
-        return kernels.flash_attention(q, k, v, window=window if window < t_key else 0, sink=sink, boundaries=boundaries, longest=longest)
-    if backend == "plain" and not masked and t_query == t_key:
+        return kernels.flash_attention(q, k, v, window=window if window < length else 0, sink=sink, boundaries=boundaries, longest=longest)
+    if backend == "plain" and not masked:
         backend = "flash"
     if sink is not None:
         # The sink becomes position 0 of the keys. A dummy query in front keeps causal kernels square, so that top-left and
@@ -1033,7 +1033,7 @@ def attention(
         if backend != "plain":
             q = torch.cat((torch.zeros_like(q[:, :1]), q), dim=1)
     if backend == "plain":
-        mask = attention_mask(t_query, t_key, window, documents, q.device)
+        mask = attention_mask(length, window, documents, q.device)
         if sink is not None:
             mask = F.pad(mask, (1, 0), value=True)
         return _sdpa(q, k, v, attn_mask=mask)
@@ -1067,7 +1067,7 @@ def naive_attention(
     repeat = q.size(2) // k.size(2)
     keys, values = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(q.size(-1))
-    scores = scores.masked_fill(~attention_mask(q.size(1), k.size(1), window, documents, q.device), float("-inf"))
+    scores = scores.masked_fill(~attention_mask(q.size(1), window, documents, q.device), float("-inf"))
     if sink is not None:
         at_sink = torch.einsum("bqhd,hd->bhq", q, sink.repeat_interleave(repeat, 0)) / math.sqrt(q.size(-1))
         scores = torch.cat((at_sink[..., None], scores), -1)

@@ -62,14 +62,6 @@ def test_causal_kernel_with_sink_keeps_each_tokens_own_key(length):
     assert_same_with_gradients(ours, twin, inputs)
 
 
-def test_attention_over_cached_keys():
-    """Fewer queries than keys: each query sees the keys up to its own position from the right."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 9, 4, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
-    whole = T.naive_attention(q, k, v, window=4)
-    torch.testing.assert_close(T.attention(q[:, 6:], k, v, window=4, backend="plain"), whole[:, 6:])
-
-
 @pytest.mark.parametrize("window", [1, 3, 8])
 def test_window_counts_its_own_position(window):
     """Exactly `window` keys: the one `window` positions back has no influence, the one before that does."""
