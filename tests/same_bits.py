@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from conftest import ROOT, clean_environment
-from test_pipeline import small
-from test_train import SMALL_WIDTH
+from conftest import ROOT, clean_environment  # noqa: E402
+from test_pipeline import small  # noqa: E402
+from test_train import SMALL_WIDTH  # noqa: E402
 
-import train_gpt as T
+import train_gpt as T  # noqa: E402
 
 PRESETS = sorted(path.parent.name for path in (ROOT / "records").glob("*/config.env"))
 SCORES = ("val_loss", "val_bpb", "sliding_loss", "sliding_bpb", "ttt_bpb", "experts_bpb", "experts", "invalid_cache", "chunk_losses")
