@@ -53,6 +53,7 @@ from parts import packing
 from parts.artifact import load_artifact
 from parts.experts import ExpertMixture
 from parts.files import UserError, atomic_write, cli, read_json, sha256_file, write_json
+from parts.sandbox import own_caches
 from train_gpt import (
     GPT,
     Config,
@@ -793,7 +794,8 @@ def run_apart(command: Sequence[str], cell: Path, secret: Sequence[Path], **sett
     order = {"read": [str(cell)], "scratch": str(cell), "secret": [str(path.resolve()) for path in secret], "status": theirs}
     keep = {"DATA_PATH", "RUNS_DIR", "RUN_ID", "PRESET"}
     environment = {name: value for name, value in os.environ.items() if name not in keep} | settings
-    environment |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(cell)) | {"PYTHONPATH": str(cell / "code")}
+    packages = [str(cell / "code"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment |= own_caches(str(cell)) | {"PYTHONPATH": os.pathsep.join(packages)}
     shut = [sys.executable, "-m", "parts.sandbox", json.dumps(order), sys.executable, *command]
     done = subprocess.run(shut, cwd=cell, env=environment, pass_fds=(theirs,))
     os.close(theirs)

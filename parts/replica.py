@@ -26,6 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from parts.sandbox import main as sandboxed
+from parts.sandbox import own_caches
 
 ROOT = Path(__file__).resolve().parent.parent
 # Imported here as well, so that a submission that audits itself carries it.
@@ -63,12 +64,7 @@ class Replica:
         self.vocab_size, self.known = vocab_size, 0
         self._scratch = tempfile.mkdtemp(prefix="replica_")
         self._errors = tempfile.TemporaryFile()
-        # Whatever is cached or unpacked goes into a folder of its own, the one place where it may write.
-        own = dict.fromkeys(
-            ("HOME", "TMPDIR", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"), self._scratch
-        )
-        own["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its pool of workers needs semaphores in /dev/shm
-        environment = {**(os.environ if environment is None else environment), **own}
+        environment = {**(os.environ if environment is None else environment), **own_caches(self._scratch)}
         command, passed, ours = [str(part) for part in command], (), None
         if sandbox:
             ours, theirs = os.pipe()

@@ -32,7 +32,21 @@ IOCTL_FREE = 3  # the newest of them that says anything about files we restrict
 CONNECT_AND_BIND_TCP = 0b11  # since ABI 4
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 NO_NEW_PRIVS, CLONE_NEWUSER, CLONE_NEWNET, NOBODY = 38, 0x10000000, 0x40000000, 65534
+CACHES = (
+    "HOME",
+    "TMPDIR",
+    "XDG_CACHE_HOME",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "CUDA_CACHE_PATH",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
+)
 DEVICES = ("null", "zero", "full", "random", "urandom", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-caps")
+
+
+def own_caches(folder: str) -> dict[str, str]:
+    """Environment in which a process unpacks, compiles and caches in `folder`, the one place where it may write."""
+    return dict.fromkeys(CACHES, folder) | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # Inductor's pool of workers needs semaphores in /dev/shm
 
 
 def python_paths() -> list[str]:
