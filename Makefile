@@ -23,7 +23,7 @@ install: $(VENV)/.installed
 demo test test-gpu test-faults lint: $(VENV)/.installed
 
 # Without a GPU torch comes first, as its CPU build: from the configured index if that has one, else from PyTorch's own.
-$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-cuda.txt
+$(VENV)/.installed: requirements.txt requirements-lab.txt requirements-dev.txt requirements-cuda.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,0 +1,132 @@
+"""The laboratory: queue experiments, compare them, look at them.
+
+    python lab.py run SPEC.toml                                  a queue of runs: one a GPU at once; started again, it goes on
+    python lab.py run --preset legal_ttt/one_gpu --set XSA_LAYERS=none --set NUM_LOOPS=0 --seeds 3
+
+`python lab.py VERB --help` says the rest of each. Results are read from the runs' own files under runs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from parts.files import UserError, cli
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verbs: a function that declares its arguments and one that does it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "spec", nargs="?", type=Path, help="a SPEC (TOML; parts/lab/spec.py describes it), or the folder of a queue that is to go on"
+    )
+    parser.add_argument("--preset", default="", help="instead of a SPEC: what is varied, such as legal_ttt/one_gpu")
+    parser.add_argument("--name", default="", help="of the queue's folder; by default the SPEC's or the preset's name")
+    parser.add_argument("--with", dest="common", action="append", default=[], metavar="NAME=VALUE", help="every run has it")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE", help="a run that differs in this alone")
+    parser.add_argument("--grid", action="append", nargs="+", default=[], metavar="NAME=VALUE VALUE", help="every combination of these")
+    parser.add_argument("--seeds", type=int, default=1, help="how many of each (1337, 1338, …)")
+    parser.add_argument("--stages", default="train", help="train,quantize,evaluate: up to the last one named (default: train)")
+    parser.add_argument("--evaluate", default="", metavar="ARGUMENTS", help='of eval_ttt.py, such as --evaluate="--audit"')
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the queue's folder")
+    parser.add_argument("--devices", default="", help='"0,1" or "cpu"; by default every GPU that is visible')
+    parser.add_argument(
+        "--executor",
+        choices=("here", "slurm", "local"),
+        default="here",
+        help="slurm: a job a run, through submitit; local: submitit without a cluster",
+    )
+    parser.add_argument(
+        "--job", action="append", default=[], metavar="NAME=VALUE", help="an option of the jobs: timeout_min, slurm_partition, …"
+    )
+    parser.add_argument("--retry", action="store_true", help="run again what has failed")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Queue the runs of a SPEC, or of --preset and its changes: training, quantization and evaluation as far as asked."""
+    from parts.lab.queue import Local, Queue, Submitit, find_devices
+    from parts.lab.spec import check_plan, load_plan, make_plan
+
+    if (options.spec is None) == (not options.preset):
+        raise UserError("name a SPEC or a --preset")
+    if options.spec is not None:
+        if options.common or options.changes or options.grid or options.name:
+            raise UserError("--name, --with, --set and --grid are for a queue without a SPEC; write them into it")
+        plan = load_plan(options.spec)
+        root = options.spec.resolve().parent if options.spec.is_dir() else options.runs
+    else:
+        changes: dict[str, list[str]] = {}
+        for name, value in map(assignment, options.changes):
+            changes.setdefault(name, []).append(value)
+        grid = {}
+        for first, *others in options.grid:
+            name, value = assignment(first)
+            grid[name] = [value, *others]
+        plan = make_plan(
+            {
+                "name": options.name or options.preset.replace("/", "-"),
+                "preset": options.preset,
+                "seeds": options.seeds,
+                "stages": options.stages,
+                "evaluate": options.evaluate,
+                "with": dict(map(assignment, options.common)),
+                "set": changes,
+                "grid": grid,
+            }
+        )
+        root = options.runs
+    check_plan(plan, os.environ)
+    if options.dry_run:
+        print("\n".join(plan.lines(root)))
+        return 0
+    if options.executor == "here":
+        executor = Local(find_devices(options.devices))
+    else:
+        jobs = {name: int(value) if value.isdigit() else value for name, value in map(assignment, options.job)}
+        executor = Submitit(options.executor, root / plan.name, jobs)
+    return Queue(plan, root, executor).run(options.retry)
+
+
+def assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise UserError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def one_arguments(parser: Parser) -> None:
+    parser.add_argument("folder", type=Path)
+
+
+def one(options: argparse.Namespace) -> int:
+    """Run what is left of one queued run, here and now: what a queue starts for each."""
+    from parts.lab.queue import perform
+
+    return perform(options.folder)
+
+
+VERBS = {"run": (run, run_arguments), "one": (one, one_arguments)}
+
+
+def main() -> int:
+    parser = Parser(prog="python lab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (do, declare) in VERBS.items():
+        declare(verbs.add_parser(name, help=do.__doc__, description=do.__doc__))
+    options = parser.parse_args(sys.argv[1:] or ["--help"])
+    return VERBS[options.verb][0](options)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,1 @@
+"""What lab.py is made of. Training, quantization and evaluation import nothing of it."""
