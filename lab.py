@@ -2,6 +2,9 @@
 
     python lab.py run SPEC.toml                                  a queue of runs: one a GPU at once; started again, it goes on
     python lab.py run --preset legal_ttt/one_gpu --set XSA_LAYERS=none --set NUM_LOOPS=0 --seeds 3
+    python lab.py list                                           presets, and runs with state and score
+    python lab.py table runs/QUEUE                               differences to the reference, with confidence intervals
+    python lab.py sample runs/RUN --prompt "Once upon"           text from an artifact
 
 `python lab.py VERB --help` says the rest of each. Results are read from the runs' own files under runs/.
 """
@@ -14,6 +17,7 @@ import sys
 from pathlib import Path
 
 from parts.files import UserError, cli
+from parts.lab.results import METRICS
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +120,63 @@ def one(options: argparse.Namespace) -> int:
     return perform(options.folder)
 
 
-VERBS = {"run": (run, run_arguments), "one": (one, one_arguments)}
+def list_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="folders (default: runs)")
+
+
+def list_(options: argparse.Namespace) -> int:
+    """Presets with a line each; runs with state and score."""
+    from parts.lab.overview import preset_lines, run_lines
+
+    print("\n".join([*preset_lines(), "", *run_lines(options.runs)]))
+    return 0
+
+
+def table_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, help="runs, or folders that hold some, such as a queue's")
+    parser.add_argument(
+        "--reference", default="", help="what the others are compared with: a run or a variant (default: the queue's, else the first)"
+    )
+    parser.add_argument(
+        "--metric", choices=METRICS, default="", help="which val_bpb (default: the evaluation's score if every run has one, else float)"
+    )
+    parser.add_argument("--paired", action="store_true", help="intervals from differences paired by seed (default: Welch's)")
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
+
+
+def table(options: argparse.Namespace) -> int:
+    """Compare runs with a reference: differences with confidence intervals from the seeds, tokens/s, bytes, seconds."""
+    from parts.lab.compare import Table
+    from parts.lab.results import read_runs
+
+    print(getattr(Table(read_runs(options.runs), options.reference, options.metric, options.paired), options.format)())
+    return 0
+
+
+def sample_arguments(parser: Parser) -> None:
+    parser.add_argument("artifact", type=Path, help="artifact.bin, or the folder of its run")
+    parser.add_argument("--prompt", default="", help="the text's beginning (default: none, a new document)")
+    parser.add_argument("--tokens", type=int, default=200, help="at most so many (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest (default: 0, all)")
+    parser.add_argument("--seed", type=int, default=1337)
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Write text from an artifact."""
+    from parts.lab.sample import sample
+
+    print(sample(options.artifact, options.prompt, options.tokens, options.temperature, options.top_k, options.seed))
+    return 0
+
+
+VERBS = {
+    "run": (run, run_arguments),
+    "one": (one, one_arguments),
+    "list": (list_, list_arguments),
+    "table": (table, table_arguments),
+    "sample": (sample, sample_arguments),
+}
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             owner = _read_owner(path)
-            if error.errno == errno.EWOULDBLOCK or _alive(owner):
+            if error.errno == errno.EWOULDBLOCK or alive(owner):
                 who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
                 raise UserError(f"{folder} is in use by {who} (its lock is {path}); wait for it, or choose another RUN_ID") from None
         file.truncate(0)
@@ -61,7 +61,14 @@ def _read_owner(path: Path) -> dict | None:
         return None
 
 
-def _alive(owner: dict | None) -> bool:
+def owner_of(folder: Path) -> dict | None:
+    """The process that owns the folder now (pid, host, since); None if none does."""
+    owner = _read_owner(folder / LOCK_NAME)
+    return owner if alive(owner) else None
+
+
+def alive(owner: dict | None) -> bool:
+    """Whether the process of an owner's name (pid, host) still is there, as far as this machine can tell."""
     if owner is None or owner["host"] != socket.gethostname():
         return owner is not None
     try:

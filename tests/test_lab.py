@@ -2,15 +2,25 @@
 
 import json
 import os
+import re
 import signal
+import socket
+import statistics
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, clean_environment
+import torch
+from conftest import ROOT, TINY, clean_environment
+from scipy import stats
 
+import train_gpt as T
 from parts.files import UserError, read_json, write_json
+from parts.lab import overview
 from parts.lab import queue as Q
+from parts.lab.compare import Table, interval
+from parts.lab.results import Result, read_runs
+from parts.lab.sample import generate
 from parts.lab.spec import Plan, Run, check_plan, load_plan, make_plan
 from parts.runs import run_lock
 
@@ -242,3 +252,183 @@ def test_a_queued_training_is_the_one_run_by_hand(tmp_path, dataset, launch):
         for folder in (tmp_path / "q" / "a-s5", launch.runs / "b")
     ]
     assert scores[0] == scores[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading runs, comparing them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def kept(folder, score: float, seed: int = 1, job: dict | None = None, scored: int = 1000, **settings) -> Result:
+    """A finished run's folder as the commands leave it, in a few lines."""
+    folder.mkdir(parents=True)
+    write_json(
+        folder / "config.json", {"config": {"seed": seed, "num_loops": 2, **settings}, "origins": {"num_loops": "preset:base/one_gpu"}}
+    )
+    events = [
+        {"event": "start", "device": "NVIDIA H100", "parameters": 1000},
+        {
+            "event": "train",
+            "step": 5,
+            "elapsed": 50.0,
+            "progress": 0.5,
+            "train_loss": 3.0,
+            "lr": 1.0,
+            "tokens_per_second": 9.0,
+            "peak_memory_gib": 2.0,
+        },
+        {"event": "validation", "label": "ema", "step": 10, "val_bpb": score, "bytes_scored": scored, "elapsed": 100.0},
+        {"event": "done", "step": 10, "steps": 10, "tokens": 640, "val_bpb": score, "tokens_per_second": 10.0, "train_seconds": 100.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if job is not None:
+        write_json(
+            folder / "lab.json", {"commands": {"train": []}, "done": {"train": {"seconds": 101}}, "environment": {}, "error": None, **job}
+        )
+    return Result(folder)
+
+
+def test_intervals_are_the_formulas(tmp_path):
+    """Welch, pairs and one seed against several, each against its textbook formula."""
+    ours, others = [1.01, 1.03, 1.02, 1.05], [1.10, 1.04, 1.09]
+    mine = {kept(tmp_path / f"a{i}", score, seed=i): score for i, score in enumerate(ours)}
+    theirs = {kept(tmp_path / f"b{i}", score, seed=i): score for i, score in enumerate(others)}
+
+    def around(center, error, freedom):
+        half = stats.t.ppf(0.975, freedom) * error
+        return pytest.approx((center - half, center + half))
+
+    mean, var = statistics.fmean, statistics.variance
+    a, b = var(ours) / 4, var(others) / 3
+    freedom = (a + b) ** 2 / (a**2 / 3 + b**2 / 2)
+    assert interval(mine, theirs, paired=False) == (around(mean(ours) - mean(others), (a + b) ** 0.5, freedom), "Welch")
+    pairs = [x - y for x, y in zip(ours, others)]
+    assert interval(mine, theirs, paired=True) == (around(mean(pairs), (var(pairs) / 3) ** 0.5, 2), "paired by seed")
+    single = dict([next(iter(mine.items()))])
+    assert interval(single, theirs, paired=False) == (around(ours[0] - mean(others), (var(others) * (1 + 1 / 3)) ** 0.5, 2), "Student")
+    assert interval(single, dict([next(iter(theirs.items()))]), paired=False) == (None, "one seed: no interval")
+    assert interval(single, theirs, paired=True)[0] is None
+    same = {run: 1.0 for run in mine}
+    assert interval(same, {run: 2.0 for run in theirs}, paired=False) == (None, "no variance between seeds: no interval")
+
+
+def queue_of_runs(root):
+    """A reference of three seeds, a change that gains, one that does nothing, one that fails, one not begun."""
+    for seed, (reference, gain, noise) in enumerate([(1.000, 0.900, 1.002), (1.004, 0.903, 0.999), (0.997, 0.899, 1.001)]):
+        kept(root / f"reference-s{seed}", reference, seed, {"variant": "reference", "reference": True})
+        kept(root / f"gain-s{seed}", gain, seed, {"variant": "gain"}, num_loops=0)
+        kept(root / f"noise-s{seed}", noise, seed, {"variant": "noise"}, num_loops=1)
+    kept(root / "once-s0", 0.95, 0, {"variant": "once"}, num_loops=3)
+    kept(root / "other-s0", 0.95, 0, {"variant": "other"}, num_loops=4, scored=999)
+    for name, error in (("bad", "train: no memory"), ("next", None)):
+        (root / f"{name}-s0").mkdir()
+        job = {"variant": name, "commands": {"train": []}, "done": {}, "environment": {}, "error": error}
+        write_json(root / f"{name}-s0" / "lab.json", job)
+    return read_runs([root])
+
+
+def test_the_table_calls_noise_noise(tmp_path):
+    runs = queue_of_runs(tmp_path / "q")
+    table = Table(runs)
+    rows = {row.name: row for row in table.rows}
+    assert [row.name for row in table.rows] == ["gain", "once", "other", "reference", "noise", "bad", "next"], "best first"
+    assert {name: row.verdict for name, row in rows.items()} == {
+        "gain": "better", "once": "better", "other": "scored on other text: no comparison", "reference": "reference",
+        "noise": "within noise", "bad": "failed: train: no memory", "next": "queued",
+    }  # fmt: skip
+    assert rows["gain"].method == "Welch" and rows["once"].method == "Student" and rows["gain"].changes == "NUM_LOOPS=0"
+    assert (
+        rows["gain"].difference == pytest.approx(-0.0997, abs=1e-4) and rows["gain"].seconds == 100 and rows["gain"].tokens_per_second == 10
+    )
+    text = table.text()
+    assert "Welch's t" in text and "Student's t for runs of one seed" in text and "float weights after training" in text
+    assert any(row.method == "paired by seed" for row in Table(runs, paired=True).rows)
+    turned = {row.name: row for row in Table(runs, reference="gain").rows}
+    assert turned["reference"].verdict == "worse" and turned["gain"].verdict == "reference"
+    single = Table([run for run in runs if run.seed == 0 and run.float_bpb])
+    assert "there is no interval" in single.text() and {row.verdict for row in single.rows if row.name == "gain"} == {
+        "one seed: no interval"
+    }
+    with pytest.raises(UserError, match="no run is called gone"):
+        Table(runs, reference="gone")
+
+
+def test_forms_of_the_table(tmp_path):
+    table = Table(queue_of_runs(tmp_path / "q"))
+    lines = table.csv().splitlines()
+    head = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+    first = dict(zip(lines[head].split(","), lines[head + 1].split(",")))
+    assert first["run"] == "gain" and float(first["val_bpb"]) == table.rows[0].mean and float(first["low"]) == table.rows[0].bounds[0]
+    markdown = [line for line in table.markdown().splitlines() if line.startswith("|")]
+    assert len(markdown) == 2 + len(table.rows) and len({line.count("|") for line in markdown}) == 1
+    assert "bytes" not in markdown[0], "a column that nothing fills is left out"
+
+
+def test_the_score_is_compared_if_every_run_has_one(tmp_path):
+    runs = [kept(tmp_path / name, score) for name, score in (("a", 1.0), ("b", 2.0))]
+    assert Table(runs).metric == "float"
+    for run, score in zip(runs, (0.9, 0.8)):
+        write_json(run.folder / "eval.json", {"val_bpb": score, "sliding_bpb": 0.95, "bytes_total": 15, "bytes_scored": 1000})
+    runs = read_runs([tmp_path])
+    (row,) = Table(runs).rows  # equal settings: repetitions
+    assert Table(runs).metric == "score" and row.mean == pytest.approx(0.85) and row.bytes_total == 15
+    assert Table(runs, metric="artifact").rows[0].mean == 0.95
+    with pytest.raises(UserError, match="no run is there"):
+        read_runs([tmp_path / "nowhere"])
+
+
+def test_states(tmp_path):
+    runs = {run.name: run for run in queue_of_runs(tmp_path / "q")}
+    assert [runs[name].state for name in ("gain-s0", "bad-s0", "next-s0")] == ["done", "failed", "queued"]
+    folder = runs["next-s0"].folder
+    me = {"stage": "quantize", "pid": os.getpid(), "host": socket.gethostname(), "since": 0}
+    write_json(folder / "lab.json", read_json(folder / "lab.json") | {"running": me})
+    assert Result(folder).state == "running" and Result(folder).stage == "quantize"
+    write_json(folder / "lab.json", read_json(folder / "lab.json") | {"running": me | {"pid": 2**22 + 1}})
+    assert Result(folder).state == "queued"
+    with run_lock(runs["gain-s0"].folder):
+        assert Result(runs["gain-s0"].folder).stage == "train"
+    text = "\n".join(overview.run_lines([tmp_path]))
+    assert re.search(r"gain-s1 +done +0.9030 float +base/one_gpu", text) and "train: no memory" in text
+    assert any(re.match(r"  frontier/one_gpu +One GPU, 300 s", line) for line in overview.preset_lines())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text from an artifact
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_through_the_state_is_sampling_from_whole_texts():
+    """Greedy, token by token, against a forward over the whole text each time; draws follow the seed and stay among the top k."""
+    model = T.build_model(T.resolve_config({**TINY, "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2"}))
+    model.looping = True
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.2 * torch.randn(param.shape, generator=torch.Generator().manual_seed(1)))
+    prompt = [1, 5, 9, 300]
+    text = list(prompt)
+    for _ in range(30):
+        with torch.no_grad():
+            text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    assert list(generate(model, prompt, 30, 0.0, 0, 1)) == text[4:] and T.BOS_ID not in text[4:]
+    draws = [list(generate(model, prompt, 12, 1.0, 3, seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    with torch.no_grad():
+        best = model(torch.tensor([prompt]))[0, -1].topk(3).indices.tolist()
+    firsts = {next(generate(model, prompt, 1, 5.0, 3, seed)) for seed in range(40)}
+    assert firsts == set(best)
+
+
+def test_a_document_ends_where_the_next_begins():
+    class Model(torch.nn.Module):
+        """Says 7, 8, then a document's start."""
+
+        weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids, state, score_last):
+            answer = {5: 7, 7: 8, 8: T.BOS_ID}[int(ids[0, -1])]
+            return torch.nn.functional.one_hot(torch.tensor([[answer]]), 10).float()
+
+    model = Model()
+    model.register_parameter("w", Model.weight)
+    assert list(generate(model, [1, 5], 10, 0.0, 0, 1)) == [7, 8]

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,8 +79,8 @@ def perform(folder: Path) -> int:
             raise UserError(f"{folder} is in use by another worker")
         job = read_job(folder)
         for stage in left(job):
-            device = os.environ.get("CUDA_VISIBLE_DEVICES")
-            write_json(folder / JOB, job | {"running": {"stage": stage, "pid": os.getpid(), "device": device, "since": time.time()}})
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "device": os.environ.get("CUDA_VISIBLE_DEVICES"), "since": time.time()}
+            write_json(folder / JOB, job | {"running": {"stage": stage, **me}})
             script, *arguments = fill(job["commands"][stage], folder)
             began = time.time()
             with open(folder / f"{stage}.out", "ab") as output:
