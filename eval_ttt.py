@@ -898,6 +898,7 @@ class Evaluation:
         self.artifact = load_artifact(path, ctx.device)
         cfg = self.artifact.cfg
         self.tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens)
+        self.val_data = split_digest(cfg.run.data_path, "val")
         self.tokenizer = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
         self.cfg = audited(cfg, len(self.tokens) - 1, ctx) if audit else cfg
         byte_table = ByteTable.for_validation(self.tokenizer, cfg.run.data_path)
@@ -927,8 +928,8 @@ class Evaluation:
 
     def _announce(self) -> None:
         cfg, ctx = self.cfg, self.ctx
-        validated = self.artifact.meta.get("val_data_sha256")
-        if validated and (here := split_digest(cfg.run.data_path, "val")) != validated:
+        validated, here = self.artifact.meta.get("val_data_sha256"), self.val_data
+        if validated and here != validated:
             ctx.log(f"warning: the validation shards (SHA-256 {here[:12]}…) are not those the run was validated on ({validated[:12]}…)")
         mode = compile_mode(cfg.run, ctx.device)
         ctx.log(
@@ -990,6 +991,7 @@ class Evaluation:
                 "artifact": hashlib.sha256(self.path.read_bytes()).hexdigest(),
                 "code": hashlib.sha256(code_script()).hexdigest(),
                 "tokenizer": tokenizer_hash(cfg.run.tokenizer_path),
+                "val_data": self.val_data,
                 "tokens": hashlib.sha256(
                     self.tokens.numpy().astype("<u2").tobytes()
                 ).hexdigest(),  # as in the shards, without their headers

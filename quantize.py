@@ -56,6 +56,7 @@ from train_gpt import (
     load_run,
     load_tokens,
     load_weights,
+    model_digest,
     parameter_table,
     resolve_config,
     say_near_misses,
@@ -697,7 +698,7 @@ class Quantizer:
 
     def __init__(self, run_dir: Path, cfg: Config, ctx: RunContext):
         _, weights, meta = load_run(run_dir)
-        self.cfg, self.ctx, self.meta = cfg, ctx, meta
+        self.cfg, self.ctx, self.meta = cfg, ctx, {**meta, "model_sha256": model_digest(run_dir)}
         for name, weight in weights.items():
             if not torch.isfinite(weight).all():
                 raise UserError(f"{name} is not finite: the run diverged, there is nothing to quantize")
@@ -736,7 +737,7 @@ class Quantizer:
     def header(self, cfg: Config) -> dict:
         """What the artifact says of its model. The same for every run of the command: how long it took is quantize.json's."""
         kept = ("looping", "steps", "tokens", "train_seconds", "world_size", "device", "torch")
-        ties = ("tokenizer_sha256", "train_data_sha256", "val_data_sha256")
+        ties = ("model_sha256", "tokenizer_sha256", "train_data_sha256", "val_data_sha256")
         return {**{key: self.meta[key] for key in (*kept, *ties) if key in self.meta}, "config": artifact_settings(cfg)}
 
     def pack(self, units: list[Unit], tops: Mapping[str, np.ndarray], cfg: Config | None = None) -> Packed:

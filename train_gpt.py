@@ -2517,6 +2517,15 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
             param.copy_(weights[name])
 
 
+def model_digest(run_dir: str | Path) -> str:
+    """The checksum of a run's model, over weights and header: what its training log and its artifact say they are of."""
+    path = Path(run_dir) / "model.safetensors"
+    try:
+        return read_header(path)["sha256"]
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+
+
 RUN_META = {"config": dict, "looping": bool, "steps": int, "train_seconds": (int, float), "tokenizer_sha256": str}
 
 
@@ -2658,6 +2667,8 @@ def read_last_checkpoint(folder: Path, state: TrainState, log: Callable[[str], N
             check_meta(path, meta, CHECKPOINT_META, "a checkpoint of a run")
             if fault := state.misfit(tensors):
                 raise UserError(f"{path} is not of this model: {fault}")
+            if fault := of_another_run(folder, meta["config"]):
+                raise UserError(f"{path} is of another run: {fault}")
         except UserError as error:
             passed.append(path.with_suffix(".damaged"))
             path.rename(passed[-1])
@@ -2724,6 +2735,11 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
+def fixes_course(name: str) -> bool:
+    """Whether a setting is the same from a run's first step to its last."""
+    return name == "seed" or (PART_OF[name] in ("model", "train") and name not in MAY_CHANGE)
+
+
 def changes_of_course(cfg: Config, before: Mapping) -> list[str]:
     """What differs from the settings a run has had, a line each; refused where the run's course depends on it."""
     lines = []
@@ -2731,10 +2747,21 @@ def changes_of_course(cfg: Config, before: Mapping) -> list[str]:
         old = before.get(name, value)
         if value == old or name in ("resume", "run_id"):
             continue
-        if name == "seed" or (PART_OF[name] in ("model", "train") and name not in MAY_CHANGE):
+        if fixes_course(name):
             raise UserError(f"{name.upper()}={value}, but the run began with {old}; unset it to continue the run, or choose another RUN_ID")
         lines.append(f"{name.upper()} changes from {old} to {value}")
     return lines
+
+
+def of_another_run(folder: Path, stored: Mapping) -> str | None:
+    """In what the settings `stored` in a file of `folder` are not those of its run, as config.json has them; None if in nothing that the run's
+    course depends on, or if config.json cannot tell."""
+    try:
+        own = Config.from_dict(known_settings((read_json(folder / "config.json") or {})["config"])).to_dict()
+    except (UserError, KeyError, AttributeError):
+        return None
+    other = (name for name, value in own.items() if fixes_course(name) and stored.get(name, value) != value)
+    return next((f"{name.upper()} is {stored[name]} there and {own[name]} in config.json" for name in other), None)
 
 
 def run_settings(folder: Path) -> dict | None:
@@ -2747,7 +2774,7 @@ def run_settings(folder: Path) -> dict | None:
     for path in [*list_checkpoints(folder), folder / "model.safetensors"]:
         try:
             meta = json.loads(read_header(path)["meta"])
-            if isinstance(meta["config"], dict):
+            if isinstance(meta["config"], dict) and not of_another_run(folder, meta["config"]):
                 return meta["config"]
         except (OSError, *UNREADABLE):
             continue
@@ -3395,11 +3422,13 @@ class Trainer:
                     "val_bpb": result.val_bpb,
                 }
                 self.save_model(meta, checkpoint)
+        digest = ctx.on_main(lambda: model_digest(self.folder))
         rate = state.stream.position / max(1e-9, state.elapsed)
         ctx.log(
-            f"done: {state.step} steps, {state.elapsed:.1f}s, {_si(rate)} tok/s, val_bpb {result.val_bpb:.4f} -> {self.folder / 'model.safetensors'}"
+            f"done: {state.step} steps, {state.elapsed:.1f}s, {_si(rate)} tok/s, val_bpb {result.val_bpb:.4f} -> {self.folder / 'model.safetensors'} (SHA-256 {digest})"
         )
-        ctx.metric("done", step=state.step, tokens_per_second=rate, **{k: v for k, v in meta.items() if k != "config"})
+        facts = {k: v for k, v in meta.items() if k != "config"}
+        ctx.metric("done", step=state.step, tokens_per_second=rate, model_sha256=digest, **facts)
 
 
 def _si(value: float) -> str:
@@ -3461,11 +3490,13 @@ def is_finished(folder: Path, cfg: Config) -> bool:
         return False
     checkpoints = list_checkpoints(folder)
     try:
-        _, _, meta = load_run(folder)
+        stored, _, meta = load_run(folder)
     except UserError:
         if checkpoints:
             return False
         raise
+    if fault := of_another_run(folder, stored):
+        raise UserError(f"{folder / 'model.safetensors'} is of another run: {fault}")
     done = training_progress(cfg.train, meta["steps"], meta["train_seconds"]) >= 1
     if not done and not checkpoints:
         raise UserError(f"{folder} is finished, and its last checkpoint is gone: it cannot be extended")

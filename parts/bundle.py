@@ -20,7 +20,7 @@ from pathlib import Path
 from parts import packing
 from parts.code import ROOT, SCRIPT_NAME, code_bytes, code_script, reached_sources
 from parts.files import UserError, read_json, sha256_file, write_json
-from train_gpt import SIZE_LIMIT_BYTES, load_run, settings
+from train_gpt import SIZE_LIMIT_BYTES, load_run, model_digest, settings
 
 MANIFEST = "bundle.json"
 # What of the run's settings is about this machine, and has no business in a submission.
@@ -64,7 +64,29 @@ def finished_score(run_dir: Path) -> dict:
         raise UserError(f"{path} scores {scores.get('tokens_scored')} targets only: run `EVAL_TOKENS=0 python eval_ttt.py {artifact}`")
     if (scores.get("audit") or {}).get("verdict") == "fail":
         raise UserError(f"{path}: the audit's verdict is fail: {again} with --audit, once what it found is mended")
+    check_origin(run_dir, hashes.get("val_data"))
     return scores
+
+
+def check_origin(run_dir: Path, scored_on: str | None) -> None:
+    """The artifact, its report and the training log are of the model beside them. Raises UserError naming the two that are not of one make.
+
+    scored_on: what the validation shards' digest was at the evaluation; other shards than the run's own are said, and may well be meant.
+    """
+    artifact, report, log = (run_dir / name for name in ("artifact.bin", "quantize.json", "train.log"))
+    again = f"run `python quantize.py {run_dir}` again"
+    model, header = model_digest(run_dir), packing.read_header(artifact.read_bytes(), str(artifact))[0]
+    if header.get("model_sha256") != model:
+        raise UserError(f"{artifact} was not made from {run_dir / 'model.safetensors'}: {again}")
+    if scored_on and scored_on != header.get("val_data_sha256"):
+        print(f"warning: the score is on other validation shards (SHA-256 {scored_on[:12]}…) than the run was validated on")
+    if (read_json(report) or {}).get("artifact_sha256") != sha256_file(artifact):
+        raise UserError(f"{report} is not about {artifact}: {again}")
+    if not log.is_file():
+        raise UserError(f"{log} is missing: a submission needs its training log")
+    trained = re.findall(r"model\.safetensors \(SHA-256 ([0-9a-f]{64})\)", log.read_text(errors="replace"))
+    if trained and model not in trained:  # a line may be lost to a full disk: a log that names no model is believed
+        raise UserError(f"{log} is of another training than {run_dir / 'model.safetensors'}: its model has SHA-256 {trained[-1][:12]}…")
 
 
 def code_hash() -> str:
@@ -101,8 +123,6 @@ def stage(run_dir: Path, folder: Path, scores: dict, about: dict) -> dict:
     run_settings, _, _ = load_run(run_dir)
     preset = preset_name(run_dir.name)
     write_trainer(folder, preset, run_settings)
-    if not (run_dir / "train.log").is_file():
-        raise UserError(f"{run_dir / 'train.log'} is missing: a submission needs its training log")
     shutil.copyfile(run_dir / "train.log", folder / "train.log")
     (folder / "logs").mkdir()
     for log in ("metrics.jsonl", "eval.json", "eval.log", "quantize.json"):

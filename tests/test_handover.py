@@ -48,6 +48,7 @@ def test_hashes_travel_from_the_shards_to_the_score(run, dataset):
     header, _ = packing.unpack_artifact((run / "artifact.bin").read_bytes())
     for meta in (T.load_tensors(checkpoint)[1], T.load_run(run)[2], header):
         assert made_from.items() <= meta.items()
+    assert header["model_sha256"] == T.model_digest(run) == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["model_sha256"]
     assert json.loads((run / "eval.json").read_text())["run"]["tokenizer_sha256"] == made_from["tokenizer_sha256"]
 
 
@@ -84,8 +85,10 @@ def test_a_stretch_of_a_large_training_shard_does_not_change_unseen(tmp_path, pa
 
 def test_a_score_on_other_validation_data_says_so(run, dataset, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
-    command(eval_ttt, folder, DATA_PATH=other_validation(dataset, tmp_path), DEVICE="cpu", TTT_ENABLED=0)
+    command(eval_ttt, folder, DATA_PATH=other_validation(dataset, tmp_path), DEVICE="cpu", TTT_ENABLED=0, EVAL_TOKENS=0)
     assert "are not those the run was validated on" in capsys.readouterr().out
+    command(Q, "bundle", folder, "--out", tmp_path / "submission")
+    assert "the score is on other validation shards" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("module", "target"), [(Q, "."), (eval_ttt, "artifact.bin")])

@@ -900,6 +900,11 @@ def test_bundle_replaces_only_what_it_made(scored, tmp_path):
     assert (out / "README.md").read_text() == readme and not list(tmp_path.glob(".submission*"))
 
 
+def retrained(run):
+    tensors, meta = train_gpt.load_tensors(run / "model.safetensors")
+    train_gpt.save_tensors(run / "model.safetensors", tensors, {**meta, "steps": meta["steps"] + 1})
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
@@ -911,6 +916,9 @@ def test_bundle_replaces_only_what_it_made(scored, tmp_path):
         (lambda run, scores: scores.pop("val_bpb"), "not a finished evaluation"),
         (lambda run, scores: (run / "artifact.bin").unlink(), r"artifact\.bin is missing: run `python quantize\.py"),
         (lambda run, scores: (run / "train.log").unlink(), "needs its training log"),
+        (lambda run, scores: (run / "train.log").write_text(f"-> model.safetensors (SHA-256 {'ab' * 32})"), "train.log is of another training"),
+        (lambda run, scores: retrained(run), "artifact.bin was not made from .*model.safetensors"),
+        (lambda run, scores: (run / "quantize.json").write_text('{"artifact_sha256": "0"}'), "quantize.json is not about .*artifact.bin"),
     ],
 )  # fmt: skip
 def test_bundle_refuses_a_score_that_is_not_the_artifacts(scored, tmp_path, change, word):

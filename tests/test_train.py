@@ -172,7 +172,12 @@ def of_another_width(path):
     T.save_tensors(path, {**tensors, "model/tok_emb.weight": tensors["model/tok_emb.weight"][:, :-1]}, meta)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, rename_a_tensor, of_another_model, of_another_width])
+def of_another_run(path):
+    tensors, meta = T.load_tensors(path)
+    T.save_tensors(path, tensors, {**meta, "config": {**meta["config"], "seed": 7}})
+
+
+@pytest.mark.parametrize("damage", [cut, flip, rename_a_tensor, of_another_model, of_another_width, of_another_run])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, interrupted, damage):
     folder = interrupted(RUN_ID="broken")
     damage(folder / "checkpoints" / "step_0000008.safetensors")
@@ -509,6 +514,10 @@ def test_finished_run_has_nothing_to_resume(train):
     before = (folder / "model.safetensors").read_bytes()
     assert train(RUN_ID="run", RESUME=1, ITERATIONS=2)[1] == 0
     assert (folder / "model.safetensors").read_bytes() == before
+    assert f"model.safetensors (SHA-256 {T.model_digest(folder)})" in (folder / "train.log").read_text()
+    of_another_run(folder / "model.safetensors")
+    with pytest.raises(T.UserError, match="model.safetensors is of another run: SEED is 7 there and 1337 in config.json"):
+        train(RUN_ID="run", RESUME=1, ITERATIONS=2)
 
 
 @pytest.mark.parametrize("ranks", [2])
