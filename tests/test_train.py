@@ -516,7 +516,7 @@ def test_finished_run_has_nothing_to_resume(train):
     assert (folder / "model.safetensors").read_bytes() == before
     assert f"model.safetensors (SHA-256 {T.model_digest(folder)})" in (folder / "train.log").read_text()
     of_another_run(folder / "model.safetensors")
-    with pytest.raises(T.UserError, match="model.safetensors is of another run: SEED is 7 there and 1337 in config.json"):
+    with pytest.raises(T.UserError, match=r"model\.safetensors is of another run: SEED is 7 there and 1337 in config\.json"):
         train(RUN_ID="run", RESUME=1, ITERATIONS=2)
 
 
