@@ -432,3 +432,10 @@ def test_a_document_ends_where_the_next_begins():
     model = Model()
     model.register_parameter("w", Model.weight)
     assert list(generate(model, [1, 5], 10, 0.0, 0, 1)) == [7, 8]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("*.toml")), ids=lambda path: path.stem)
+def test_published_specs_are_ready_to_run(path):
+    plan = load_plan(path)
+    check_plan(plan, {})
+    assert all(run.settings["PRESET"].endswith("/one_gpu") for run in plan.runs)
