@@ -2,6 +2,7 @@
 # make test       the CPU test suite (GPU tests are reported as skipped)
 # make test-gpu   the tests that need a CUDA GPU
 # make test-faults  kills, full disks, damaged files by the hundred; a part of them with FAULTS='-k evaluate'
+# make records    the tables under records/, from the kept files of runs
 # make lint       ruff
 # Everything installs into .venv; PYTHON chooses the interpreter that makes it.
 
@@ -17,10 +18,10 @@ GPUS := $(if $(HAVE_GPU),$(shell nvidia-smi -L | wc -l),0)
 # Idle OpenMP threads sleep instead of spinning: on a machine whose cores are shared, spinning costs a small model a factor of four.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-gpu test-faults lint clean install
+.PHONY: demo test test-gpu test-faults records lint clean install
 
 install: $(VENV)/.installed
-demo test test-gpu test-faults lint: $(VENV)/.installed
+demo test test-gpu test-faults records lint: $(VENV)/.installed
 
 # Without a GPU torch comes first, as its CPU build: from the configured index if that has one, else from PyTorch's own.
 $(VENV)/.installed: requirements.txt requirements-lab.txt requirements-dev.txt requirements-cuda.txt
@@ -48,6 +49,9 @@ test-gpu:
 
 test-faults:
 	$(BIN)/python -m pytest -m faults -p no:cacheprovider tests/test_faults.py $(FAULTS)
+
+records:
+	@$(BIN)/python lab.py records
 
 lint:
 	$(BIN)/ruff check .

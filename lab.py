@@ -5,6 +5,7 @@
     python lab.py list                                           presets, and runs with state and score
     python lab.py table runs/QUEUE                               differences to the reference, with confidence intervals
     python lab.py sample runs/RUN --prompt "Once upon"           text from an artifact
+    python lab.py records runs/QUEUE                             keep runs under records/, make its tables
 
 `python lab.py VERB --help` says the rest of each. Results are read from the runs' own files under runs/.
 """
@@ -170,12 +171,30 @@ def sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def records_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="*", type=Path, help="finished runs, or folders that hold some, to be kept under records/")
+    parser.add_argument("--to", type=Path, help="their folder (default: records/PRESET/QUEUE)")
+
+
+def records(options: argparse.Namespace) -> int:
+    """Make the tables under records/ anew; with runs, keep these first: settings, metrics, logs and scores, no weights."""
+    from parts.lab.records import keep, write_tables
+    from parts.lab.results import read_runs
+
+    for folder in keep(read_runs(options.runs), options.to):
+        print(f"kept {folder}")
+    for file in write_tables():
+        print(f"wrote {file}")
+    return 0
+
+
 VERBS = {
     "run": (run, run_arguments),
     "one": (one, one_arguments),
     "list": (list_, list_arguments),
     "table": (table, table_arguments),
     "sample": (sample, sample_arguments),
+    "records": (records, records_arguments),
 }
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 
 import train_gpt as T
 from parts.files import UserError, read_json, write_json
-from parts.lab import overview
+from parts.lab import overview, records
 from parts.lab import queue as Q
 from parts.lab.compare import Table, interval
 from parts.lab.results import Result, read_runs
@@ -439,3 +439,60 @@ def test_published_specs_are_ready_to_run(path):
     plan = load_plan(path)
     check_plan(plan, {})
     assert all(run.settings["PRESET"].endswith("/one_gpu") for run in plan.runs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", records.marked_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_tables_are_what_the_kept_files_say(file):
+    assert records.with_tables(file) == file.read_text(), "stale: run `make records`"
+
+
+def test_every_kept_run_is_in_a_table():
+    marked = {file.parent for file in records.marked_files()}
+    assert {path.parent.parent for path in (ROOT / "records").glob("*/logs/metrics.jsonl")} <= marked
+
+
+def test_a_kept_queue_is_in_the_tables(tmp_path):
+    """Three seeds of a preset, kept from a queue: mean and deviation, links, and a table that is stale until it is made."""
+    home = tmp_path / "records"
+    (home / "base").mkdir(parents=True)
+    (home / "base" / "config.env").write_text("")
+    page = home / "base" / "README.md"
+    page.write_text("# base\n\n<!-- make records: results -->\nold\n<!-- end -->\n\ntail\n")
+    board = home / "README.md"
+    board.write_text("<!-- make records: leaderboard -->\n<!-- end -->\n")
+    job = {"variant": "base", "queue": "publish"}
+    runs = [
+        kept(tmp_path / "runs" / f"base-s{seed}", score, seed, job, max_wallclock_seconds=300.0) for seed, score in ((1, 1.25), (2, 1.27))
+    ]
+    (runs[0].folder / "model.safetensors").write_text("weights")
+    evaluation = {
+        "val_bpb": 1.2,
+        "sliding_bpb": 1.23,
+        "ttt_bpb": 1.2,
+        "bytes_total": 15_999_000,
+        "audit": {"verdict": "pass", "missing": []},
+    }
+    write_json(runs[0].folder / "eval.json", evaluation | {"bytes_scored": 1000})
+    write_json(runs[1].folder / "eval.json", evaluation | {"bytes_scored": 1000, "val_bpb": 1.22, "ttt_bpb": 1.22})
+    folders = records.keep(read_runs([tmp_path / "runs"]), records=home)
+    assert folders == [home / "base" / "publish" / f"base-s{seed}" for seed in (1, 2)]
+    assert sorted(path.name for path in folders[0].iterdir()) == ["config.json", "eval.json", "lab.json", "metrics.jsonl"], "no weights"
+    assert records.with_tables(page, home) != page.read_text()
+    assert sorted(records.write_tables(home)) == [board, page] and records.write_tables(home) == []
+    text = page.read_text()
+    assert text.endswith("<!-- end -->\n\ntail\n") and "old" not in text
+    assert "| val_bpb float, EMA | 1.2600 ± 0.0141 |" in text and "[eval.json 2](publish/base-s2/eval.json)" in text
+    row = "| [base](base/) | 300 s, 1 × H100 | 1.2600 ± 0.0141 | 1.2300 ± 0.0000 | 1.2100 ± 0.0141 | 2 | 15,999,000 | 10 | 100 | pass |"
+    assert row in board.read_text()
+    with pytest.raises(UserError, match="is there already"):
+        records.keep(read_runs([tmp_path / "runs"]), records=home)
+    with pytest.raises(UserError, match="is not done"):
+        records.keep([run for run in queue_of_runs(tmp_path / "q") if run.state == "failed"], records=home)
+    page.write_text("<!-- make records: nothing -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match="unknown table 'nothing'"):
+        records.with_tables(page, home)

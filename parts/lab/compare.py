@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import statistics
 import warnings
 from collections import Counter
@@ -254,4 +255,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells[index].replace("|", r"\|") for index in kept) + " |"
 
-    return [line(header), "|" + "|".join("---:" if header[i] in NUMBERS else "---" for i in kept) + "|", *map(line, rows)]
+    numbers = {i for i in kept if all(re.fullmatch(r"[-+]?\d[\d.,]*( ± [\d.]+)?( ?[%KM])?", row[i]) for row in rows if row[i])}
+    return [line(header), "|" + "|".join("---:" if i in numbers else "---" for i in kept) + "|", *map(line, rows)]
