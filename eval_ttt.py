@@ -1,6 +1,6 @@
 """Evaluate an artifact: sliding windows, then score-first test-time training (TTT) with experts, and an audit of the score.
 
-    python eval_ttt.py runs/<RUN_ID>/artifact.bin                        one device
+    python eval_ttt.py runs/<RUN_ID>                                     one device; the artifact may be named itself, too
     torchrun --standalone --nproc_per_node=8 eval_ttt.py ARTIFACT        any number of ranks, the same result
     TTT_LR=0.01 TTT_PARAMS=mlp python eval_ttt.py ARTIFACT               every setting is an environment variable
     EXPERTS=tilt,ngram python eval_ttt.py ARTIFACT --audit               with experts, checked against the four conditions (parts/audit.py)
@@ -8,8 +8,11 @@
     python eval_ttt.py ARTIFACT --prove                                  then the validation text as a file, there and back (codec.py)
     python eval_ttt.py ARTIFACT --serve                                  the judged side: a text through stdin, piece by piece
 
-Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json (--referee: referee.json) beside the
-artifact. Exit code 0, also of an audit that is incomplete; 2 for a fault of input; 1 if the audit or the referee finds against the score.
+    python eval_ttt.py ARTIFACT --out FILE.json                          the score there, its log in FILE.log
+
+Reads the artifact, the tokenizer and the validation shards, and nothing else of the run. Writes eval.json and eval.log (--referee: referee.json)
+beside the artifact; a score of other settings that stands there is kept as eval.1.json, eval.2.json, … Exit code 0, also of an audit that is
+incomplete; 2 for a fault of input; 1 if the audit or the referee finds against the score.
 
 The text is read once from left to right, in chunks. A chunk is scored whole, by sliding windows, with the weights as they are; only
 then do the weights train on it, and the next chunk is scored with the result. Experts (experts.py) do the same in smaller
@@ -27,7 +30,6 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
-import json
 import math
 import os
 import socket
@@ -48,8 +50,10 @@ from parts.artifact import Artifact, artifact_settings, load_artifact
 from parts.audit import Ledger, Trace
 from parts.code import code_bytes, code_script
 from parts.experts import ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
-from parts.files import UserError, atomic_write, cli
+from parts.files import UserError, cli, fault_line, read_json, write_json
+from parts.progress import duration
 from parts.replica import Replica, Sandbox, serve
+from parts.runs import artifact_file, free_name, previous_name, set_aside
 from train_gpt import (
     GPT,
     SIZE_LIMIT_BYTES,
@@ -60,6 +64,7 @@ from train_gpt import (
     Linear,
     RunContext,
     Window,
+    chosen_settings,
     compile_mode,
     document_windows,
     eval_batch_size,
@@ -72,6 +77,7 @@ from train_gpt import (
     resolve_config,
     say_near_misses,
     score_windows,
+    settings,
     setup_distributed,
 )
 
@@ -415,12 +421,14 @@ class ScoreFirstEvaluator:
     def session(self, targets: int, full: bool = True, report: Callable[..., None] | None = None) -> Session:
         return Session(self, targets, full, report)
 
-    def run(self, tokens: Tensor, full: bool = False, report: Callable[..., None] | None = None) -> EvaluationTrace:
+    def run(
+        self, tokens: Tensor, full: bool = False, report: Callable[..., None] | None = None, advance: Callable[[int], None] | None = None
+    ) -> EvaluationTrace:
         """Evaluate. full: by way of whole distributions, as a session does, to the bit; otherwise only where experts need them.
-        `report(chunk number, of, trace, target reached)` after each chunk."""
+        `report(chunk number, of, trace, target reached)` after each chunk, `advance(targets)` after each block."""
         if len(tokens) < 2:
             raise UserError("the validation split has fewer than two tokens: nothing to score")
-        session = Session(self, len(tokens) - 1, full, report)
+        session = Session(self, len(tokens) - 1, full, report, advance)
         session.feed(tokens)
         session.catch_up(session.targets)
         return session.close()
@@ -434,8 +442,16 @@ class Session:
     whatever the number of ranks and however the tokens come: the result depends on neither.
     """
 
-    def __init__(self, evaluator: ScoreFirstEvaluator, targets: int, full: bool, report: Callable[..., None] | None = None):
+    def __init__(
+        self,
+        evaluator: ScoreFirstEvaluator,
+        targets: int,
+        full: bool,
+        report: Callable[..., None] | None = None,
+        advance: Callable[[int], None] | None = None,
+    ):
         cfg, ctx = evaluator.cfg, evaluator.ctx
+        self.advance = advance or (lambda count: None)
         self.evaluator, self.cfg, self.ctx, self.targets, self.full, self.report = evaluator, cfg, ctx, targets, full, report
         self.tokens = torch.zeros(targets + 1, dtype=torch.int32, device=ctx.device)  # blank beyond `known`; blank is no BOS
         self.known = 0
@@ -546,6 +562,7 @@ class Session:
                     self._record_mixed(begin, end, prediction, mine)
         self.done = end
         self.ahead = [part for part in self.ahead if part[0] + self.stretch > end]
+        self.advance(end - begin)
         chunk = self.chunks[self.number]
         if end == chunk.end:
             self.trace.chunks.append(self.trace.ledger.nll[chunk.start : end].mean().item())
@@ -759,7 +776,7 @@ def blind_replica(path: Path, cfg: Config, targets: int, ctx: RunContext) -> Ite
             yield replica
 
 
-def referee_artifact(path: Path, cfg: Config, text: Path, options: list[str]) -> int:
+def referee_artifact(path: Path, cfg: Config, text: Path, out: Path, options: list[str]) -> int:
     """`--referee`: have the submission judged on raw text. The referee is a program of its own, no part of what is submitted."""
     root = Path(__file__).resolve().parent
     if not (root / "parts" / "referee.py").is_file():
@@ -767,7 +784,7 @@ def referee_artifact(path: Path, cfg: Config, text: Path, options: list[str]) ->
     run = f"import sys; sys.path.insert(0, {str(root)!r}); from parts.files import cli; from parts.referee import main; cli(main)"
     with tempfile.TemporaryDirectory() as folder:
         command, files = submission(path, cfg, Path(folder), "--serve")
-        judge = [sys.executable, "-c", run, str(text), "--tokenizer", cfg.run.tokenizer_path, "--out", str(path.with_name("referee.json"))]
+        judge = [sys.executable, "-c", run, str(text), "--tokenizer", cfg.run.tokenizer_path, "--out", str(out)]
         for file in files:
             judge += ["--read", str(file)]
         return subprocess.run([*judge, *options, "--", *command]).returncode
@@ -792,8 +809,9 @@ def audit_run(
     cfg, ctx, targets = artifact.cfg, evaluator.ctx, len(tokens) - 1
     if ctx.device.type == "cuda":
         torch.cuda.empty_cache()  # the replica uses the same GPU
-    with blind_replica(path, cfg, targets, ctx) as replica:
-        blind = auditing.check_blind(replica, tokens, trace, auditing.draw_targets(trace.ledger, cfg.eval.audit_samples))
+    drawn = auditing.draw_targets(trace.ledger, cfg.eval.audit_samples)
+    with blind_replica(path, cfg, targets, ctx) as replica, ctx.progress("audit", len(drawn), "targets") as advance:
+        blind = auditing.check_blind(replica, tokens, trace, drawn, advance)
     with blind_replica(path, cfg, targets, ctx) if evaluator.documents_independent else contextlib.nullcontext() as replica:
         independence = auditing.check_documents(replica, tokens, trace, BOS_ID)
     tokenizer, manifest = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), load_manifest(cfg.run.data_path)
@@ -889,6 +907,9 @@ def print_report(result: dict, ctx: RunContext) -> None:
         ctx.log(line)
 
 
+WORSE_BPB = 0.01  # what test-time training may cost before it is remarked on
+
+
 class Evaluation:
     """An artifact on its validation text. Made, it has read everything and refused what is at fault; nothing is scored before `run`."""
 
@@ -918,7 +939,10 @@ class Evaluation:
         plain = self.evaluator.sliding(self.tokens)
         self.seconds["sliding"] = plain.seconds
         self.ctx.log(f"sliding val_bpb:{plain.val_bpb:.6f} in {plain.seconds:.1f}s ({plain.tokens_scored / plain.seconds:,.0f} tok/s)")
-        result = {**self._scores(plain, trace), **self._sizes(), **self._circumstances()}
+        result = {**self._scores(plain, trace), **self._sizes(), **self.circumstances()}
+        if (result["ttt_bpb"] or 0.0) > plain.val_bpb + WORSE_BPB:
+            worse = f"{result['ttt_bpb']:.4f} with it, {plain.val_bpb:.4f} without"
+            self.ctx.log(f"warning: test-time training made the score worse: {worse}; lower TTT_LR={cfg.ttt_lr:g}, or set TTT_ENABLED=0")
         result["chunk_losses"] = trace.chunks if trace else None
         result["audit"] = self._audit(trace) if self.audit else None
         self.seconds["total"] = time.perf_counter() - self.began
@@ -936,6 +960,8 @@ class Evaluation:
             f"evaluating {len(self.tokens) - 1:,} targets: window {self.evaluator.seq_len}, stride {cfg.eval.eval_stride}, {ctx.world_size} rank(s) "
             f"on {ctx.device.type}, compiled: {'no' if mode == '0' else mode}"
         )
+        for line in chosen_settings(self.artifact.cfg, known=("default", "run")):
+            ctx.log(f"  {line}")
 
     def _score_first(self) -> EvaluationTrace:
         """The pass that counts: TTT and experts, as far as they are on."""
@@ -946,14 +972,16 @@ class Evaluation:
                 f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
                 f"{cfg.ttt_epochs} epochs, chunks of {cfg.ttt_chunk_tokens:,}, schedule {cfg.ttt_lr_schedule}"
             )
-        started = time.perf_counter()
+        started, targets = time.perf_counter(), len(self.tokens) - 1
 
-        def progress(number: int, count: int, so_far: Trace, reached: int) -> None:
+        def report(number: int, count: int, so_far: Trace, reached: int) -> None:
             if number % max(1, count // 20) == 0 or number + 1 == count:
-                mean = so_far.ledger.nll[:reached].mean().item()
-                ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / (time.perf_counter() - started):,.0f}")
+                mean, took = so_far.ledger.nll[:reached].mean().item(), time.perf_counter() - started
+                left = duration(took * (targets / reached - 1))
+                ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / took:,.0f} eta:{left}")
 
-        trace = self.evaluator.run(self.tokens, full=self.audit, report=progress)
+        with ctx.progress("score-first pass", targets) as advance:
+            trace = self.evaluator.run(self.tokens, self.audit, report, advance)
         self.seconds |= {"score_first": time.perf_counter() - started, **trace.seconds}
         return trace
 
@@ -983,7 +1011,7 @@ class Evaluation:
             "tokenizer_counted": counted,
         }
 
-    def _circumstances(self) -> dict:
+    def circumstances(self) -> dict:
         """What was evaluated, with what, where."""
         cfg, ctx = self.artifact.cfg, self.ctx
         return {
@@ -1015,70 +1043,112 @@ class Evaluation:
         }
 
 
-def retire_score(path: Path, ctx: RunContext) -> None:
-    """The former score makes room before the next is computed: should that fail, no file claims to be its result."""
-    if not os.access(path.parent, os.W_OK):
-        ctx.log(f"warning: {path.parent} cannot be written: the score will be printed only")
-    elif path.exists():
-        os.replace(path, path.with_name("eval.previous.json"))
+def differences(former: dict, now: dict) -> list[str]:
+    """What a score was computed with that another is not: content by its hash, evaluation settings with their former value."""
+    hashes, config = former.get("sha256") or {}, former.get("config") or {}
+    named = [spec.name for spec in settings("eval")]
+    return [f"another {what}" for what, value in now["sha256"].items() if hashes.get(what) != value] + [
+        f"{name.upper()}={config.get(name)}" for name in named if config.get(name, now["config"][name]) != now["config"][name]
+    ]
 
 
-def main() -> int:
-    say_near_misses(os.environ)
-    arguments = sys.argv[1:]
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return 0
-    usage = (
-        "usage: python eval_ttt.py runs/<RUN_ID>/artifact.bin [--audit] [--prove] [--serve | --referee RAW.jsonl [--block N] [--cuts N]]"
-    )
-    paths, flags, values = [], set(), {}
+def retire_scores(path: Path, now: dict, ctx: RunContext) -> None:
+    """Former scores make room before the next is computed: should that fail, no file claims to be its result. What is no score of the same
+    artifact, code, text and settings stays, under a number."""
+    previous = previous_name(path)
+    for score in (previous, path):
+        if not score.exists():
+            continue
+        if other := differences(read_json(score) or {}, now):
+            kept = free_name(path)
+            set_aside(score, kept)
+            ctx.log(f"{score.name} was the score of {', '.join(other[:4])}{', …' * (len(other) > 4)}: kept as {kept.name}")
+        elif score == path:
+            set_aside(path, previous)
+
+
+USAGE = """usage: python eval_ttt.py runs/<RUN_ID>|ARTIFACT [--audit] [--prove] [--out FILE.json]
+       [--serve | --referee RAW.jsonl [--block N] [--cuts N]]"""
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Path, set[str], dict[str, str]]:
+    """-> (artifact, flags, values by option)."""
+    arguments, paths, flags, values = list(arguments), [], set(), {}
     while arguments:
         argument = arguments.pop(0)
         if argument in ("--audit", "--prove", "--serve"):
             flags.add(argument)
-        elif argument in ("--referee", "--block", "--cuts") and arguments:
+        elif argument in ("--referee", "--block", "--cuts", "--out") and arguments:
             values[argument] = arguments.pop(0)
         elif argument.startswith("-"):
-            raise UserError(f"unknown argument {argument}; {usage}")
+            raise UserError(f"unknown argument {argument}; {USAGE}")
         else:
             paths.append(argument)
-    text = values.pop("--referee", None)
-    apart = ("--serve" in flags) + (text is not None)  # what is done instead of an evaluation
-    if len(paths) != 1 or apart > 1 or (apart and flags - {"--serve"}) or (values and text is None):
-        raise UserError(usage)
-    path = Path(paths[0])
-    path = path / "artifact.bin" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; write it with `python quantize.py runs/<RUN_ID>`")
+    judged = "--referee" in values
+    apart = ("--serve" in flags) + judged  # what is done instead of an evaluation
+    if len(paths) != 1 or apart > 1 or (apart and flags - {"--serve"}) or (values.keys() & {"--block", "--cuts"} and not judged):
+        raise UserError(USAGE)
+    if not values.get("--out", ".json").endswith(".json"):
+        raise UserError(f"--out {values['--out']}: a score's file is named FILE.json")
+    return artifact_file(paths[0]), flags, values
+
+
+def main() -> int:
+    say_near_misses(os.environ)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    path, flags, values = parse_arguments(sys.argv[1:])
     header, _ = packing.read_header(path.read_bytes(), str(path))
     cfg = resolve_config(os.environ, base=header.get("config"))
-    if text is not None:
-        return referee_artifact(path, cfg, Path(text), [part for option in values.items() for part in option])
+    out = Path(values.pop("--out", path.with_name("referee.json" if "--referee" in values else "eval.json")))
+    if "--referee" in values:
+        text = Path(values.pop("--referee"))
+        return referee_artifact(path, cfg, text, out, [part for option in values.items() for part in option])
     ctx = setup_distributed(cfg.run.device, cfg.run.cache_dir)
     try:
         if "--serve" in flags:  # nothing may be printed: stdout is the protocol's
             serve_artifact(path, ctx)
             return 0
-        evaluation = Evaluation(path, ctx, audit="--audit" in flags)  # every fault of input ends here, and the former score stays
-        if ctx.is_main:
-            retire_score(path.with_name("eval.json"), ctx)
-        result = evaluation.run()
-        print_report(result, ctx)
-        if result["audit"]:
-            ctx.log("")
-            for check in result["audit"]["checks"]:
-                ctx.log(auditing.Check(**check).line())
-            lacks = f" for want of: {', '.join(result['audit']['missing'])}" if result["audit"]["missing"] else ""
-            ctx.log(f"audit: {result['audit']['verdict'].upper()}{lacks} ({result['audit']['scope']})")
-        if ctx.is_main:
-            with atomic_write(path.with_name("eval.json")) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n")
-            ctx.log(f"wrote {path.with_name('eval.json')}")
+        result = evaluate_artifact(path, out, "--audit" in flags, ctx)
+    except (UserError, OSError) as error:
+        ctx.note(f"error: {fault_line(error)}")
+        raise
     finally:
         ctx.close()
     failed = prove_artifact(path) if "--prove" in flags and ctx.is_main else 0
     return 1 if result["audit"] and result["audit"]["verdict"] == auditing.FAIL else failed
+
+
+def evaluate_artifact(path: Path, out: Path, audit: bool, ctx: RunContext) -> dict:
+    """Evaluate, report, and write `out` and the log beside it."""
+    evaluation = Evaluation(path, ctx, audit)  # every fault of input ends here, and the former score stays
+    writable = ctx.on_main(lambda: can_write(out))
+    if writable and ctx.is_main:
+        retire_scores(out, evaluation.circumstances(), ctx)
+        out.with_suffix(".log").unlink(missing_ok=True)
+        ctx.open_logs(out.with_suffix(".log"))
+    elif not writable:
+        ctx.log(f"warning: {out.parent} cannot be written: the score will be printed only")
+    result = evaluation.run()
+    print_report(result, ctx)
+    if result["audit"]:
+        ctx.log("")
+        for check in result["audit"]["checks"]:
+            ctx.log(auditing.Check(**check).line())
+        lacks = f" for want of: {', '.join(result['audit']['missing'])}" if result["audit"]["missing"] else ""
+        ctx.log(f"audit: {result['audit']['verdict'].upper()}{lacks} ({result['audit']['scope']})")
+    if writable and ctx.is_main:
+        write_json(out, result)
+        previous_name(out).unlink(missing_ok=True)
+        ctx.log(f"wrote {out}")
+    return result
+
+
+def can_write(file: Path) -> bool:
+    """Whether `file` can be written, its folder made where there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return os.access(file.parent, os.W_OK)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Quantize a trained run, pack it to the byte, bundle it for submission.
 
-    python quantize.py runs/<RUN_ID>                            # -> runs/<RUN_ID>/artifact.bin, quantize.json
+    python quantize.py runs/<RUN_ID>                            # -> runs/<RUN_ID>/artifact.bin, quantize.json, quantize.log
+    MATRIX_BITS=5 python quantize.py runs/<RUN_ID> --out FOLDER # -> the same there; eval_ttt.py takes the folder
     TARGET_BYTES=16000000 python quantize.py runs/<RUN_ID>      # the smallest loss that fits, code included
     torchrun --standalone --nproc_per_node=8 quantize.py runs/<RUN_ID>
     python quantize.py table runs/<RUN_ID>                      # val_bpb and bytes of float, RTN, GPTQ, int5, mixed plans …
@@ -39,8 +40,10 @@ from parts import packing
 from parts.artifact import artifact_settings, restore_weights
 from parts.bundle import bundle
 from parts.code import SCRIPT_NAME, code_bytes, code_script
-from parts.files import UserError, atomic_write, cli
+from parts.files import UserError, atomic_write, cli, fault_line, read_json
 from parts.packing import Record
+from parts.progress import Progress
+from parts.runs import artifact_file, free_name, run_folder, set_aside
 from train_gpt import (
     GPT,
     LAYER_KINDS,
@@ -52,6 +55,7 @@ from train_gpt import (
     RunContext,
     TokenStream,
     build_model,
+    chosen_settings,
     evaluate,
     load_run,
     load_tokens,
@@ -413,8 +417,10 @@ def collect_hessians(model: GPT, cfg: Config, ctx: RunContext) -> tuple[dict[str
     observer = HessianObserver(model)
     losses = torch.zeros(2, dtype=torch.float64, device=ctx.device)
     try:
-        for inputs, targets in calibration_batches(cfg, ctx, cfg.quant.gptq_calibration_batches):
-            losses += torch.stack((model(inputs, targets).double(), losses.new_ones(())))
+        with ctx.progress("calibration", cfg.quant.gptq_calibration_batches, "batches") as advance:
+            for inputs, targets in calibration_batches(cfg, ctx, cfg.quant.gptq_calibration_batches):
+                losses += torch.stack((model(inputs, targets).double(), losses.new_ones(())))
+                advance(ctx.world_size)
     finally:
         observer.close()
     hessians = observer.reduce(ctx)
@@ -560,9 +566,12 @@ class Solver:
                     group = groups.setdefault(key, [])
                 group.append(unit)
         solved = {}
-        with matmul_precision("highest"):  # TF32 would round the compensation that GPTQ is about
+        weights = sum(unit.weight.numel() for unit in units if unit.bits)
+        # "highest": TF32 would round the compensation that GPTQ is about.
+        with matmul_precision("highest"), Progress("solving", weights, "weights") as advance:
             for group in groups.values():
                 solved |= {unit.name: one for unit, one in zip(group, self._solve_group(group).split())}
+                advance(sum(unit.weight.numel() for unit in group))
         return [dataclasses.replace(unit, quantized=solved.get(unit.name)) for unit in units]
 
     def _solve_group(self, group: list[Unit]) -> Quantized:
@@ -1038,19 +1047,33 @@ def compare_command(path: Path) -> dict[str, dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 # ----------------------------------------------------------------------------------------------------------------------
-def open_run(run_dir: Path) -> Config:
-    """The run's settings under the environment's. Refused where the results could not be written: that is known before the work."""
+def open_run(run_dir: Path, out: Path | None = None) -> Config:
+    """The run's settings under the environment's. Refused where the results could not be written (to `out`, else to the run's folder): that
+    is known before the work."""
     config, _, _ = load_run(run_dir)
-    if not os.access(run_dir, os.W_OK):
-        raise UserError(f"{run_dir} cannot be written")
+    out = out or run_dir
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out} cannot be written")
     return resolve_config(os.environ, base=config)
 
 
-def quantize_command(run_dir: Path, search_seconds: float) -> None:
-    """`python quantize.py runs/<RUN_ID>`: artifact.bin, evaluate.py and quantize.json in the run's folder."""
-    cfg = open_run(run_dir)
+def new_log(path: Path, cfg: Config, ctx: RunContext) -> None:
+    """Everything that is reported goes to `path` as well, beginning with the settings that are not the run's."""
+    if ctx.is_main:
+        path.unlink(missing_ok=True)
+    ctx.open_logs(path)
+    for line in chosen_settings(cfg, known=("default", "run")):
+        ctx.log(line)
+
+
+def quantize_command(run_dir: Path, search_seconds: float, out: Path | None = None) -> None:
+    """`python quantize.py runs/<RUN_ID>`: artifact.bin, evaluate.py, quantize.json and quantize.log in `out`, or the run's folder."""
+    out = out or run_dir
+    cfg = open_run(run_dir, out)
     ctx = setup_distributed(cfg.run.device, cfg.run.cache_dir)
     try:
+        new_log(out / "quantize.log", cfg, ctx)
         if (cfg.train.late_qat_threshold or cfg.train.qat_last_frac) and cfg.train.qat_bits != cfg.quant.matrix_bits:
             ctx.log(f"warning: the run was trained for {cfg.train.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.quant.matrix_bits}")
         quantizer = Quantizer(run_dir, cfg, ctx)
@@ -1061,13 +1084,16 @@ def quantize_command(run_dir: Path, search_seconds: float) -> None:
             ctx.log(f"hadamard: skipped, {reason}")
         quantizer.calibrate()
         if ctx.is_main:
-            write_quantized(quantizer, run_dir, search_seconds)
+            write_quantized(quantizer, out, search_seconds)
         ctx.barrier()  # nobody leaves before the artifact is there
+    except (UserError, OSError) as error:
+        ctx.note(f"error: {fault_line(error)}")
+        raise
     finally:
         ctx.close()
 
 
-def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) -> dict:
+def write_quantized(quantizer: Quantizer, out: Path, search_seconds: float) -> dict:
     """Pack (searching, if TARGET_BYTES says so), write, report. -> what quantize.json holds."""
     cfg, ctx = quantizer.cfg, quantizer.ctx
     positions = cfg.quant.gptq_calibration_batches * CALIBRATION_SEQUENCES * cfg.train.train_seq_len
@@ -1077,18 +1103,22 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) 
         packed, search = Search(quantizer, cfg.quant.target_bytes, search_seconds, ctx.log).run()
     else:
         packed = quantizer.pack(*quantizer.units())
-    with atomic_write(run_dir / SCRIPT_NAME) as temporary:
+    with atomic_write(out / SCRIPT_NAME) as temporary:
         temporary.write_bytes(code_script())
-    (run_dir / "eval.json").unlink(missing_ok=True)  # the score of what stood here before
-    with atomic_write(run_dir / "artifact.bin") as temporary:
+    score = out / "eval.json"
+    if score.exists() and (read_json(score) or {}).get("sha256", {}).get("artifact") != hashlib.sha256(packed.data).hexdigest():
+        kept = free_name(score)
+        set_aside(score, kept)
+        ctx.log(f"eval.json was the score of what stood here before: kept as {kept.name}")
+    with atomic_write(out / "artifact.bin") as temporary:
         temporary.write_bytes(packed.data)
-    model_bytes = (run_dir / "artifact.bin").stat().st_size
-    script_bytes = (run_dir / SCRIPT_NAME).stat().st_size
+    model_bytes = (out / "artifact.bin").stat().st_size
+    script_bytes = (out / SCRIPT_NAME).stat().st_size
     total = model_bytes + script_bytes
     seconds = quantizer.seconds
     train_seconds = round(quantizer.meta["train_seconds"] + seconds["calibration"], 3)
     report = {
-        "artifact": str(run_dir / "artifact.bin"),
+        "artifact": str(out / "artifact.bin"),
         "artifact_sha256": hashlib.sha256(packed.data).hexdigest(),
         "bytes_model": model_bytes,
         "bytes_code": script_bytes,
@@ -1122,8 +1152,8 @@ def write_quantized(quantizer: Quantizer, run_dir: Path, search_seconds: float) 
     )
     verdict = f"{SIZE_LIMIT_BYTES - total:,} to spare" if total <= SIZE_LIMIT_BYTES else f"{total - SIZE_LIMIT_BYTES:,} TOO MANY"
     ctx.log(f"bytes: model {model_bytes:,} + code {script_bytes:,} = {total:,} of {SIZE_LIMIT_BYTES:,} ({verdict})")
-    ctx.log(f"wrote {run_dir / 'artifact.bin'}")
-    with atomic_write(run_dir / "quantize.json") as temporary:
+    ctx.log(f"wrote {out / 'artifact.bin'}; next: python eval_ttt.py {out} --audit")
+    with atomic_write(out / "quantize.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
     return report
 
@@ -1194,6 +1224,7 @@ class Table:
         self.ctx = setup_distributed(self.cfg.run.device, self.cfg.run.cache_dir)
         if self.ctx.world_size > 1:
             raise UserError("the table is made by one process: run it without torchrun")
+        new_log(run_dir / "quantization_table.log", self.cfg, self.ctx)
         cfg = self.cfg
         self.tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, cfg.train.val_tokens)
         self.byte_table = ByteTable.for_validation(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), cfg.run.data_path)
@@ -1281,9 +1312,9 @@ def table_command(run_dir: Path, names: list[str]) -> None:
         temporary.write_text(json.dumps(result, indent=1))
 
 
-USAGE = """quantize.py [-h] [--search-seconds S] runs/<RUN_ID>
+USAGE = """quantize.py [-h] runs/<RUN_ID> [--out FOLDER] [--search-seconds S]
        quantize.py table runs/<RUN_ID> [--variants a,b,...]
-       quantize.py compare runs/<RUN_ID>/artifact.bin
+       quantize.py compare runs/<RUN_ID>|ARTIFACT
        quantize.py bundle runs/<RUN_ID> --out FOLDER [--author A] [--github-id G] [--name N] [--track T]"""
 
 
@@ -1300,6 +1331,7 @@ def main() -> int:
     parser = Parser(usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="an artifact" if command == "compare" else "folder of a finished run")
     if command == "quantize":
+        parser.add_argument("--out", type=Path, help="folder for artifact.bin, evaluate.py, quantize.json and quantize.log (the run's)")
         parser.add_argument("--search-seconds", type=float, default=300.0, help="time limit of the TARGET_BYTES search")
     elif command == "table":
         parser.add_argument("--variants", default="", help=f"comma-separated choice of {', '.join(v.name for v in VARIANTS)}")
@@ -1309,15 +1341,16 @@ def main() -> int:
             parser.add_argument(option, default="")
         parser.add_argument("--track", default="10min_16mb")
     options = parser.parse_args(arguments)
+    run = run_folder(options.run)
     if command == "quantize":
-        quantize_command(options.run, options.search_seconds)
+        quantize_command(run, options.search_seconds, options.out)
     elif command == "table":
-        table_command(options.run, [name for name in options.variants.split(",") if name])
+        table_command(run, [name for name in options.variants.split(",") if name])
     elif command == "compare":
-        compare_command(options.run)
+        compare_command(artifact_file(options.run))
     else:
         about = {"author": options.author, "github_id": options.github_id, "name": options.name, "track": options.track}
-        bundle(options.run, options.out, **about)
+        bundle(run, options.out, **about)
     return 0
 
 

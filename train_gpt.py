@@ -34,9 +34,12 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
+import textwrap
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +65,8 @@ from data.shards import (
     unread_files,
 )
 from parts import kernels
-from parts.files import UserError, atomic_write, cli, fault_line, one_line, read_json, write_json
+from parts.files import UserError, atomic_write, cli, fault_line, lost_rank, one_line, read_json, write_json
+from parts.progress import Progress, duration, quantity
 from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, flush_stdout, print_line, run_lock
 
 SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
@@ -564,6 +568,12 @@ def _build_config(raw: Mapping[str, tuple[object, str]]) -> Config:
     return cfg
 
 
+def preset_names(records: Path) -> list[str]:
+    """Every preset, with its variants as name/variant."""
+    files = sorted(records.glob("*/config.env")), sorted(records.glob("*/*.env"))
+    return sorted([path.parent.name for path in files[0]] + [f"{p.parent.name}/{p.stem}" for p in files[1] if p.name != "config.env"])
+
+
 def read_preset(preset: str, records: Path | None = None) -> dict[str, tuple[str, str]]:
     """'name' -> records/name/config.env; 'name/variant' -> that, then records/name/variant.env on top of it."""
     records = records or Path(__file__).resolve().parent / "records"
@@ -572,8 +582,9 @@ def read_preset(preset: str, records: Path | None = None) -> dict[str, tuple[str
     values: dict[str, tuple[str, str]] = {}
     for path in files:
         if not path.is_file():
-            known = sorted(p.parent.name for p in records.glob("*/config.env"))
-            raise UserError(f"PRESET={preset}: no {path.parent.name}/{path.name} under records/; presets: {', '.join(known)}")
+            raise UserError(
+                f"PRESET={preset}: no {path.parent.name}/{path.name} under records/; presets: {', '.join(preset_names(records))}"
+            )
         for number, line in enumerate(path.read_text().splitlines(), 1):
             line = line.split("#")[0].strip()
             key, equals, value = line.partition("=")
@@ -677,10 +688,10 @@ class RunContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def open_logs(self, folder: Path) -> None:
-        """Append to train.log (for people) and metrics.jsonl (for programs) in `folder`; rank 0 only."""
+    def open_logs(self, text: Path, events: Path | None = None) -> None:
+        """Append what is reported to `text` (for people) and `events` (for programs); rank 0 only."""
         if self.is_main:
-            self._text, self._events = LogFile(folder / "train.log"), LogFile(folder / "metrics.jsonl")
+            self._text, self._events = LogFile(text), LogFile(events) if events else None
 
     def log(self, line: str = "") -> None:
         if self.is_main:
@@ -688,9 +699,13 @@ class RunContext:
             self.note(line)
 
     def note(self, line: str) -> None:
-        """To train.log alone."""
+        """To the log alone."""
         if self._text:
             self._text.write(line)
+
+    def progress(self, label: str, total: int, unit: str = "tok") -> Progress:
+        """Of a pass over `total` things on all ranks together."""
+        return Progress(label, total, unit, self.log, shown=self.is_main)
 
     def metric(self, event: str, **values) -> None:
         if self._events:
@@ -926,11 +941,11 @@ class Kernels:
     gdn: str = "torch"
     refused: tuple[str, ...] = ()
 
-    def lines(self) -> list[str]:
-        """For the banner."""
+    def lines(self, reasons: bool = True) -> list[str]:
+        """For the banner. reasons: why faster ones do not serve, which on a CPU is no question."""
         return [
             f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy and XSA {'triton' if self.fused else 'plain'}, "
-            f"gated delta rule {self.gdn}" + (f" (not: {'; '.join(self.refused)})" if self.refused else "")
+            f"gated delta rule {self.gdn}" + (f" (not: {'; '.join(self.refused)})" if self.refused and reasons else "")
         ]
 
 
@@ -2433,11 +2448,12 @@ def evaluate(
     windows = document_windows(tokens, seq_len, stride) if cfg.eval_by_document else plan_windows(targets, seq_len, stride)
     # Sums are taken over the gathered scores: they do not depend on the number of ranks.
     nll, times = torch.zeros(2, targets, device=ctx.device)
-    for positions, values in score_windows(
-        forward, tokens, windows[ctx.rank :: ctx.world_size], seq_len, stride, eval_batch_size(cfg, seq_len, ctx.device)
-    ):
-        nll[positions] = values
-        times.index_add_(0, positions, torch.ones_like(values))
+    mine, batch = windows[ctx.rank :: ctx.world_size], eval_batch_size(cfg, seq_len, ctx.device)
+    with ctx.progress("sliding windows" if stride < seq_len else "validation", targets) as advance:
+        for positions, values in score_windows(forward, tokens, mine, seq_len, stride, batch):
+            nll[positions] = values
+            times.index_add_(0, positions, torch.ones_like(values))
+            advance(len(positions) * ctx.world_size)
     nll, times = ctx.all_reduce_sum(nll), ctx.all_reduce_sum(times)
     assert bool((times == 1).all()), f"{int((times != 1).sum())} of {targets} targets were not scored exactly once"
     nll_sum, byte_sum = nll.double().sum().item(), int(byte_table.to(ctx.device).targets(tokens).sum())
@@ -2813,6 +2829,16 @@ def config_lines(cfg: Config, find: str | None = None) -> list[str]:
     return lines
 
 
+def chosen_settings(cfg: Config, *parts: str, known: tuple[str, ...] = ("default",)) -> list[str]:
+    """The settings of these parts that come from elsewhere than the `known` origins, by origin, for a log: few lines, in a shell's form."""
+    chosen: dict[str, list[str]] = {}
+    for spec in settings(*parts):
+        if (origin := cfg.origins.get(spec.name, "default")) not in known:
+            chosen.setdefault(origin, []).append(f"{spec.name.upper()}={shlex.quote(_env_text(cfg[spec.name]) or 'none')}")
+    how = {"width": 140, "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return [line for origin, words in chosen.items() for line in textwrap.wrap(f"{origin}: {' '.join(words)}", **how)]
+
+
 def _limits(spec: dataclasses.Field) -> str:
     limits = spec.metadata
     if words := limits["choices"] or limits["several"]:
@@ -3107,15 +3133,18 @@ class Trainer:
         """This rank's gradients, added up over its micro-batches; their mean loss, or None when a stop was asked for in between."""
         state, batch = self.state, self.batch
         loss = torch.zeros((), device=self.ctx.device)
-        for micro in range(batch.accumulation):
-            if micro and self.agree(0.0)[1]:
-                return None
-            first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
-            inputs, targets = state.stream.sequences(first, batch.per_micro, batch.row_tokens, self.ctx.device)
-            boundaries = None
-            if self.cfg.model.document_mask and "fa4" in (state.model.kernels.full, state.model.kernels.windowed):
-                boundaries = state.stream.boundaries(first, batch.per_micro, batch.row_tokens, self.ctx.device, batch.span)
-            loss += self.micro_step(inputs, targets, boundaries, batch.span, batch.accumulation)
+        label = f"step {state.step + 1} of {batch.tokens:,} tokens (TRAIN_BATCH_TOKENS)"
+        with self.ctx.progress(label, batch.accumulation, "micro-batches") as advance:
+            for micro in range(batch.accumulation):
+                if micro and self.agree(0.0)[1]:
+                    return None
+                first = self.ctx.rank * batch.per_rank + micro * batch.per_micro
+                inputs, targets = state.stream.sequences(first, batch.per_micro, batch.row_tokens, self.ctx.device)
+                boundaries = None
+                if self.cfg.model.document_mask and "fa4" in (state.model.kernels.full, state.model.kernels.windowed):
+                    boundaries = state.stream.boundaries(first, batch.per_micro, batch.row_tokens, self.ctx.device, batch.span)
+                loss += self.micro_step(inputs, targets, boundaries, batch.span, batch.accumulation)
+                advance()
         return loss
 
     def set_phase(self, progress: float) -> None:
@@ -3221,7 +3250,7 @@ class Trainer:
         state, cfg = self.state, self.cfg
         total = max(state.step, round(state.step / progress)) if progress else 0
         values = {"train_loss": self.last_loss, "lr": lr_scale(cfg.train, progress), "tokens_per_second": tokens_per_second}
-        line = f"step:{state.step}/{total} train_loss:{self.last_loss:.4f} lr:{values['lr']:.2f} tok/s:{_si(tokens_per_second)}"
+        line = f"step:{state.step}/{total} train_loss:{self.last_loss:.4f} lr:{values['lr']:.2f} tok/s:{quantity(tokens_per_second)}"
         if self.ctx.device.type == "cuda":
             name = torch.cuda.get_device_name(self.ctx.device)
             peak = next((flops for chip, flops in PEAK_BF16_FLOPS.items() if chip in name), None)
@@ -3231,7 +3260,7 @@ class Trainer:
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             line += f" mem:{values['peak_memory_gib']:.1f}G"
         remaining = max(0.0, state.elapsed * (1 - progress) / progress) if progress else 0.0
-        self.ctx.log(f"{line} epoch:{state.stream.epoch:.2f} elapsed:{state.elapsed:.1f}s eta:{_duration(remaining)}")
+        self.ctx.log(f"{line} epoch:{state.stream.epoch:.2f} elapsed:{state.elapsed:.1f}s eta:{duration(remaining)}")
         self.ctx.metric("train", step=state.step, elapsed=round(state.elapsed, 3), progress=progress, **values)
 
     # --- saving
@@ -3425,21 +3454,11 @@ class Trainer:
         digest = ctx.on_main(lambda: model_digest(self.folder))
         rate = state.stream.position / max(1e-9, state.elapsed)
         ctx.log(
-            f"done: {state.step} steps, {state.elapsed:.1f}s, {_si(rate)} tok/s, val_bpb {result.val_bpb:.4f} -> {self.folder / 'model.safetensors'} (SHA-256 {digest})"
+            f"done: {state.step} steps, {state.elapsed:.1f}s, {quantity(rate)} tok/s, val_bpb {result.val_bpb:.4f} -> {self.folder / 'model.safetensors'} (SHA-256 {digest})"
         )
+        ctx.log(f"next: python quantize.py {self.folder}")
         facts = {k: v for k, v in meta.items() if k != "config"}
         ctx.metric("done", step=state.step, tokens_per_second=rate, model_sha256=digest, **facts)
-
-
-def _si(value: float) -> str:
-    for limit, unit in ((1e6, "M"), (1e3, "K")):
-        if value >= limit:
-            return f"{value / limit:.2f}{unit}"
-    return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f}m" if seconds >= 90 else f"{seconds:.0f}s"
 
 
 def new_run_id(environ_preset: str) -> str:
@@ -3508,14 +3527,17 @@ def banner(trainer: Trainer) -> None:
     cfg, ctx, model, batch = trainer.cfg, trainer.ctx, trainer.state.model, trainer.batch
     device = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     ctx.log(f"run {cfg.run.run_id}: {ctx.world_size} x {device}, torch {torch.__version__}, python {sys.version.split()[0]}")
-    for line in config_lines(cfg):
-        if not line.endswith("  default"):
-            ctx.log(f"  {line}")
+    for line in chosen_settings(cfg, "run", "model", "train"):
+        ctx.log(f"  {line}")
     for line in describe(model, cfg):
         ctx.log(line)
-    for line in model.kernels.lines():
+    for line in model.kernels.lines(reasons=ctx.device.type == "cuda"):
         ctx.log(line)
-    ctx.log(f"batch: {batch}, {batch.per_micro} rows a micro-batch, {batch.accumulation} micro-batches on each of {ctx.world_size} ranks")
+    rows, micro_batches = (
+        f"{batch.per_micro} row{'s' * (batch.per_micro > 1)}",
+        f"{batch.accumulation} micro-batch{'es' * (batch.accumulation > 1)}",
+    )
+    ctx.log(f"batch: {batch}, {rows} a micro-batch, {micro_batches} on {'each rank' if ctx.world_size > 1 else 'one rank'}")
     stream = trainer.state.stream
     ctx.log(f"data: {stream.total_tokens:,} training tokens in {len(stream.paths)} shards, {len(trainer.val_tokens):,} validation tokens")
     if unread := unread_files(cfg.run.data_path):
@@ -3649,7 +3671,7 @@ class Benchmark(Trainer):
             mfu = f"{row['mfu']:.0%}" if row["mfu"] else "-"
             memory = f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "-"
             times = "  ".join(f"{row['parts_ms'][name]:>{max(9, len(name)) - 3}.2f} ms" for name in names)
-            lines.append(f"{phase:<15} {_si(row['tokens_per_second']):>8} {row['milliseconds']:>8.1f} {mfu:>5} {memory:>5}  {times}")
+            lines.append(f"{phase:<15} {quantity(row['tokens_per_second']):>8} {row['milliseconds']:>8.1f} {mfu:>5} {memory:>5}  {times}")
         return lines + [f"kernels: {', '.join(f'{k} {v}' for k, v in report['kernels'].items() if k != 'refused')}"]
 
 
@@ -3657,11 +3679,21 @@ def ctx_name(report: dict) -> str:
     return f"{report['world_size']} x {report['device']}"
 
 
+def as_variable(arguments: Sequence[str]) -> str:
+    """How to say with environment variables what these arguments seem to want."""
+    word, _, value = arguments[0].lstrip("-").partition("=")
+    name = word.upper().replace("-", "_")
+    if name not in {"PRESET", *(spec.name.upper() for spec in settings())}:
+        return "hyperparameters are environment variables before the command; see --print-config, and --help"
+    value = value or (arguments[1] if len(arguments) > 1 else "...")
+    return f"hyperparameters are environment variables before the command: {name}={shlex.quote(value)} python train_gpt.py"
+
+
 def main() -> int:
     arguments = sys.argv[1:]
     find = arguments.pop(1) if arguments[:1] == ["--print-config"] and len(arguments) == 2 else ""
     if unknown := [a for a in arguments if a not in ("--print-config", "--describe", "--bench", "-h", "--help")]:
-        raise UserError(f"unknown argument {unknown[0]}: hyperparameters are environment variables; see --print-config")
+        raise UserError(f"unknown argument {unknown[0]}: {as_variable(unknown)}")
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
         return 0
@@ -3695,8 +3727,6 @@ def main() -> int:
         return train(cfg, ctx)
     except (UserError, OSError) as error:
         ctx.note(f"error: {fault_line(error)}")
-        if isinstance(error, TrainingDiverged) and not ctx.is_main:
-            return 2  # every rank knows it; rank 0 says it
         raise
     finally:
         ctx.close()
@@ -3716,7 +3746,7 @@ def train(cfg: Config, ctx: RunContext) -> int:
         trainer = Trainer(cfg, ctx, folder)  # every fault of input that can be seen beforehand ends here, before a file is written
         if not started:
             ctx.on_main(lambda: take_folder(folder, cfg, ownership))
-        ctx.open_logs(folder)
+        ctx.open_logs(folder / "train.log", folder / "metrics.jsonl")
         for warning in near_misses(os.environ):
             ctx.log(f"warning: {warning}")
         banner(trainer)
@@ -3727,7 +3757,17 @@ def train(cfg: Config, ctx: RunContext) -> int:
                 trainer.saved = Saved(trainer.state.step, path)
         if ctx.is_main:
             write_json(folder / "config.json", {"config": cfg.to_dict(), "origins": cfg.origins})
-        return trainer.run()
+        try:
+            return trainer.run()
+        except RuntimeError as error:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            fault = f"{one_line(error)[:200]}; lower MICRO_BATCH_TOKENS" if memory else lost_rank(error)
+            if not fault:
+                raise
+            ctx.note(traceback.format_exc())
+            kept = list_checkpoints(folder)
+            go_on = f"RESUME=1 RUN_ID={cfg.run.run_id} continues from {kept[0]}" if kept else "no checkpoint had been written"
+            raise UserError(f"{fault}; {go_on}") from None
 
 
 if __name__ == "__main__":

@@ -12,19 +12,15 @@ from pathlib import Path
 
 from data.shards import SHARD_HEADER_BYTES, SPLITS
 from parts.files import UserError, sha256_file
+from parts.progress import erase
 
 MANIFEST_FORMAT = 1
+SMALL_TOKENS = 10_000_000  # fewer than 20 steps of the defaults: the next command takes the preset that is made for a small text
 
 
 def say(line: str) -> None:
+    erase()
     print(line, file=sys.stderr, flush=True)
-
-
-def progress(description: str, total: int, unit: str, scale: bool = True):
-    """A progress bar with ETA on stderr, silent where stderr is not a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(desc=description, total=total, unit=unit, unit_scale=scale, disable=None, dynamic_ncols=True)
 
 
 def is_complete(out: Path, manifest: dict | None, identity: str | None) -> bool:
@@ -83,7 +79,9 @@ def summary(out: Path, manifest: dict) -> str:
             f"{split:<10} {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
             f"{entry['raw_bytes']:,} bytes ({ratio:.2f} bytes a token), {len(entry['shards'])} shard(s)"
         )
-    settings = {"VOCAB_SIZE": str(tokenizer["vocab_size"]), "DATA_PATH": _from_here(out), "TOKENIZER_PATH": _from_here(model)}
+    small = manifest["splits"]["train"]["tokens"] < SMALL_TOKENS
+    settings = {"PRESET": "demo"} if small else {}
+    settings |= {"VOCAB_SIZE": str(tokenizer["vocab_size"]), "DATA_PATH": _from_here(out), "TOKENIZER_PATH": _from_here(model)}
     script = shlex.quote(_from_here(Path(__file__).resolve().parent.parent / "train_gpt.py"))
     lines.append(f"next       {' '.join(f'{name}={shlex.quote(value)}' for name, value in settings.items())} python {script}")
     return "\n".join(lines)

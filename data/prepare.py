@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ import sentencepiece as spm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: this file's folder alone is on the path
 from data import case_ops, readers
-from data.builds import MANIFEST_FORMAT, discard_work, exclusive, is_complete, progress, say, summary, work_folder
+from data.builds import MANIFEST_FORMAT, discard_work, exclusive, is_complete, say, summary, work_folder
 from data.published import PUBLISHED_REPOS, fetch
 from data.readers import Block, Source
 from data.shards import (
@@ -62,9 +62,11 @@ from data.shards import (
     shard_name,
 )
 from parts.files import UserError, atomic_write, cli, one_line, read_json, sha256_file, write_json
+from parts.progress import Progress
 
 # Part of every job's identity: raise it when a change here alters the output for the same input.
 ALGORITHM_VERSION = 1
+LARGE_SAMPLE = 16_000_000  # bytes from which on training a tokenizer is announced
 RANGE_BYTES = 64 << 20  # token bytes merged at a time
 DATA_DIR = Path(__file__).resolve().parent
 LOSSY_HINT = "take another tokenizer, or accept it with --allow-lossy"
@@ -352,8 +354,8 @@ class ShardWriter:
     Documents run on from one shard into the next, as in the published exports.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int, bar):
-        self.folder, self.split, self.shard_tokens, self._bar = folder, split, shard_tokens, bar
+    def __init__(self, folder: Path, split: str, shard_tokens: int, advance: Callable[[int], object]):
+        self.folder, self.split, self.shard_tokens, self._advance = folder, split, shard_tokens, advance
         self.shards: list[dict] = []
         self.documents = self.tokens = self.raw_bytes = 0
         self._file, self._filled = None, 0
@@ -370,7 +372,7 @@ class ShardWriter:
 
     def _write(self, tokens: np.ndarray) -> None:
         self.tokens += len(tokens)
-        self._bar.update(len(tokens))
+        self._advance(len(tokens))
         while len(tokens):
             if self._file is None:
                 self._file = open(self.folder / shard_name(self.split, len(self.shards)), "w+b")
@@ -496,12 +498,12 @@ class Job:
     def setup(self, **options) -> Setup:
         return Setup(0 if self.explicit_val else int(self.args.val_fraction * 2**64), **options)
 
-    def bar(self, description: str):
-        """Progress through the sources, in bytes of their files."""
-        return progress(description, sum(entry["bytes"] for entry in self.entries), "B")
+    def progress(self, label: str) -> Progress:
+        """Through the sources, in bytes of their files."""
+        return Progress(label, sum(entry["bytes"] for entry in self.entries), "B", say)
 
-    def blocks(self, bar) -> Iterator[Block]:
-        return readers.read_blocks(self.sources, self.args.text_key, self.args.split_paragraphs, bar.update)
+    def blocks(self, advance: Callable[[int], object]) -> Iterator[Block]:
+        return readers.read_blocks(self.sources, self.args.text_key, self.args.split_paragraphs, advance)
 
     def empty_split(self, train: int, val: int) -> UserError:
         if not train and not val:
@@ -556,9 +558,9 @@ def scan(job: Job, work: Path) -> None:
         return
     sample = Sample(int(job.args.tokenizer_sample_mb * 1e6))
     held_out, overlap, trained, held = np.zeros(0, "S16"), set(), 0, 0
-    with job.bar("scan") as bar:
+    with job.progress("scan") as advance:
         # The threshold travels with each job: a stale one lets more through, and `sample` still decides.
-        jobs = ((block, sample.threshold) for block in job.blocks(bar))
+        jobs = ((block, sample.threshold) for block in job.blocks(advance))
         for split, keys, train, candidates in run_blocks(scan_block, jobs, job.setup(collect=train_one), job.args.workers):
             trained, held = trained + train, held + len(keys) - train
             if split == "val":  # an explicit validation set is read first, so its keys are complete when training's come
@@ -576,6 +578,8 @@ def scan(job: Job, work: Path) -> None:
         raise job.empty_split(trained, held)
     if train_one:
         started, texts = time.perf_counter(), sample.texts()
+        if sample.total > LARGE_SAMPLE:
+            say(f"training a tokenizer of {job.vocab_size} pieces on {sample.total / 1e6:.1f} MB of text: this may take minutes")
         model = train_tokenizer(texts, job.vocab_size, job.args.character_coverage, job.args.case_ops)
         ByteTable.from_tokenizer(parse_tokenizer(model, "trained tokenizer"))
         with atomic_write(work / "tokenizer.model") as temporary:
@@ -590,16 +594,16 @@ def encode(job: Job, work: Path, model: bytes) -> list[Part]:
     present = {path.name for path in folder.iterdir()}
     count = 0
 
-    def missing(bar) -> Iterator[tuple[Block]]:
+    def missing(advance: Callable[[int], object]) -> Iterator[tuple[Block]]:
         nonlocal count
-        for block in job.blocks(bar):
+        for block in job.blocks(advance):
             count += 1
             if part_name(block.index) not in present:
                 yield (block,)
 
-    with job.bar("tokenize") as bar:
+    with job.progress("tokenize") as advance:
         setup = job.setup(model=model, lossy=job.args.allow_lossy, parts=str(folder))
-        for _ in run_blocks(encode_block, missing(bar), setup, job.args.workers):
+        for _ in run_blocks(encode_block, missing(advance), setup, job.args.workers):
             pass
     return [Part(folder / part_name(index)) for index in range(count)]
 
@@ -610,9 +614,9 @@ def merge(job: Job, work: Path, parts: list[Part], model: bytes) -> dict:
     shutil.rmtree(final, ignore_errors=True)  # merging is quick: a killed merge starts over
     final.mkdir()
     splits, dropped, held_out = {}, {}, None
-    with progress("merge", sum(part.head["tokens"] for part in parts), "tok") as bar:
+    with Progress("merge", sum(part.head["tokens"] for part in parts), "tok", say) as advance:
         for split in reversed(SPLITS):
-            writer = ShardWriter(final, split, job.args.shard_tokens, bar)
+            writer = ShardWriter(final, split, job.args.shard_tokens, advance)
             dropped[split] = Counter(duplicates=0)
             val_parts = [part for part in parts if part.head["split"] == "val"]
             if split == "val" and val_parts:

@@ -8,15 +8,17 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
 
-from data.builds import MANIFEST_FORMAT, discard_work, exclusive, is_complete, progress, work_folder
+from data.builds import MANIFEST_FORMAT, discard_work, exclusive, is_complete, say, work_folder
 from data.shards import BOS_ID, SPLITS, ByteTable, load_shard, parse_tokenizer, shard_name
 from parts.files import UserError, atomic_write, one_line, read_json, sha256_file, write_json
+from parts.progress import Progress
 
 PUBLISHED_REPOS = {"sp1024": "willdepueoai/parameter-golf", "sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 PUBLISHED_TRAIN_SHARDS = 80  # what the challenge's own downloader takes: 8B tokens, 16 GB
@@ -137,7 +139,7 @@ def place(export: Export, overwrite: bool) -> None:
                 shutil.copyfile(hub.folder / remote[path], temporary)
 
 
-def count_split(paths: list[Path], table: ByteTable, vocab_size: int, bar) -> dict:
+def count_split(paths: list[Path], table: ByteTable, vocab_size: int, advance: Callable[[], object]) -> dict:
     """The manifest's entry for a split: documents, tokens and the bytes that they stand for.
 
     The first token of all is no target and counts no bytes: in a published export it is BOS, which stands for none.
@@ -153,7 +155,7 @@ def count_split(paths: list[Path], table: ByteTable, vocab_size: int, bar) -> di
             last = ids[-1:]
         tokens += len(shard)
         shards.append({"file": path.name, "tokens": len(shard), "sha256": sha256_file(path)})
-        bar.update(1)
+        advance()
     return {"documents": documents, "tokens": tokens, "raw_bytes": nbytes, "shards": shards, "document_hashes": None}
 
 
@@ -180,8 +182,8 @@ def fetch(args: argparse.Namespace, out: Path, tokenizer_dir: Path, command: str
         place(export, args.overwrite)
         processor = parse_tokenizer(export.tokenizer.read_bytes(), str(export.tokenizer))
         table, vocab_size = ByteTable.from_tokenizer(processor), processor.vocab_size()
-        with progress("count", sum(map(len, export.shards.values())), "shard", scale=False) as bar:
-            splits = {split: count_split(export.shards[split], table, vocab_size, bar) for split in SPLITS}
+        with Progress("count", sum(map(len, export.shards.values())), "shards", say) as advance:
+            splits = {split: count_split(export.shards[split], table, vocab_size, advance) for split in SPLITS}
         manifest = {
             "format": MANIFEST_FORMAT,
             "command": command,

@@ -46,13 +46,20 @@ def list_shards(data_path: str | Path, split: str) -> list[Path]:
     """
     folder = Path(data_path)
     if not folder.is_dir():
-        raise UserError(f"DATA_PATH={data_path} is not a folder; build one with `python data/prepare.py` (see data/README.md)")
+        raise UserError(f"DATA_PATH={data_path} is not a folder; {where_from(data_path)}")
     shards = sorted(path for path in folder.iterdir() if (name := _SHARD_NAME.fullmatch(path.name)) and name[1] == split)
     if not shards:
         others = ", ".join(name for name in unread_files(folder) if name.startswith(f"fineweb_{split}"))
         hint = f" ({others} is not named like one)" if others else ""
-        raise UserError(f"{data_path} holds no {shard_name(split, 0)}{hint}")
+        raise UserError(f"DATA_PATH={data_path} holds no {shard_name(split, 0)}{hint}; {where_from(data_path)}")
     return shards
+
+
+def where_from(path: str | Path) -> str:
+    """What to run for shards or a tokenizer that are not there."""
+    published = re.search(r"fineweb(?:10B_sp|_)(1024|4096|8192)", Path(path).name)
+    download = f"`python data/prepare.py --variant sp{published[1]}` downloads the published ones, " if published else ""
+    return f"{download}`python data/prepare.py TEXT` builds shards and tokenizer of your own text and ends with the command that trains on them"
 
 
 def unread_files(data_path: str | Path) -> list[str]:
@@ -159,7 +166,7 @@ def check_tokenizer(data_path: str | Path, tokenizer_path: str | Path) -> str:
 def load_tokenizer(path: str | Path, vocab_size: int | None = None):
     """The tokenizer in a file; refuses a vocabulary of another size than the model's."""
     if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path} is not a file; `python data/prepare.py` makes one with its shards (see data/README.md)")
+        raise UserError(f"TOKENIZER_PATH={path} is not a file; {where_from(path)}")
     tokenizer = parse_tokenizer(Path(path).read_bytes(), str(path))
     if vocab_size is not None and tokenizer.vocab_size() != vocab_size:
         raise UserError(f"{path} has {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")

@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +129,9 @@ def draw_targets(ledger: Ledger, count: int) -> list[int]:
     return sorted(generator.choice(len(ledger.nll), min(count, len(ledger.nll)), replace=False).tolist())
 
 
-def check_blind(replica: Replica, tokens: Tensor, trace: Trace, targets: Sequence[int]) -> list[Check]:
+def check_blind(
+    replica: Replica, tokens: Tensor, trace: Trace, targets: Sequence[int], advance: Callable[[int], None] = lambda count: None
+) -> list[Check]:
     """Causality: the recorded score of each drawn target is the one that a process gives to which neither the target nor what follows it
     has been told. Normalization: that process's distributions sum to 1 and are nowhere negative."""
     text, nll = tokens.numpy(), trace.ledger.nll.numpy()
@@ -142,6 +144,7 @@ def check_blind(replica: Replica, tokens: Tensor, trace: Trace, targets: Sequenc
             gaps.append(gap if math.isfinite(gap) else math.inf)
             sums.append(abs(row.sum() - 1) if np.isfinite(row).all() else math.inf)
             lowest = min(lowest, row.min())
+            advance(1)
     except ReplicaError as error:
         return [Check(name, NOT_CHECKED, f"after {len(gaps)} targets {error}", "blind replica") for name in ("causality", "normalization")]
     if not gaps:

@@ -125,7 +125,7 @@ def stage(run_dir: Path, folder: Path, scores: dict, about: dict) -> dict:
     write_trainer(folder, preset, run_settings)
     shutil.copyfile(run_dir / "train.log", folder / "train.log")
     (folder / "logs").mkdir()
-    for log in ("metrics.jsonl", "eval.json", "eval.log", "quantize.json"):
+    for log in ("metrics.jsonl", "eval.json", "eval.log", "quantize.json", "quantize.log"):
         if (run_dir / log).is_file():
             shutil.copyfile(run_dir / log, folder / "logs" / log)
     quantized = read_json(run_dir / "quantize.json") or {}

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,29 @@ def fault_line(error: UserError | OSError) -> str:
     return one_line(error if isinstance(error, UserError) else f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
 
 
+def lost_rank(error: BaseException) -> str | None:
+    """What to say where another rank has gone, which gloo and NCCL report as runtime errors; None for any other error."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" in kinds or ("RuntimeError" in kinds and "gloo" in str(error)):
+        reason = re.sub(r" ?\[.*?\](:\d+)?", "", one_line(error)).strip().split(". ")[0]  # without addresses and gloo's source lines
+        return f"lost touch with another rank ({reason[:160]}), whose own message says why"
+    return None
+
+
+def report_fault(line: str) -> None:
+    """One line on stderr. Ranks that torchrun started leave theirs to it, all but the first: its summary names rank and fault."""
+    rank, summary = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if summary:
+        with contextlib.suppress(OSError), open(summary, "w") as file:
+            details = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows the first of these
+            json.dump({"message": {"message": line, "extraInfo": details}}, file)
+    if rank == "0" or not summary:
+        print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
+
+
 def cli(main: Callable[[], int | None]) -> None:
-    """Run a command's main(), then exit: a `UserError` or `OSError` becomes one clear line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command's main(), then exit: a `UserError` or `OSError` becomes one clear line on stderr and exit code 2, as does the loss of
+    another rank; Ctrl-C is exit code 130."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal of another encoding than UTF-8 (Latin-1, ASCII) has no "→", no terminal has a file name that is not text.
         with contextlib.suppress(AttributeError):  # not a text stream of the system's: a caller replaced it
@@ -37,7 +59,12 @@ def cli(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        print(f"error: {fault_line(error)}", file=sys.stderr, flush=True)
+        report_fault(fault_line(error))
+        code = 2
+    except RuntimeError as error:
+        if not (lost := lost_rank(error)):
+            raise
+        report_fault(lost)
         code = 2
     except KeyboardInterrupt:  # training handles the signal itself and saves; elsewhere nothing is half-written
         print("error: interrupted", file=sys.stderr, flush=True)

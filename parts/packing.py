@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.files import UserError, atomic_write
+from parts.progress import Progress
 
 COMPRESSORS = ("brotli", "zstd", "lzma", "zlib", "range")
 
@@ -549,22 +550,25 @@ def range_encode(matrices: list[np.ndarray], bits: int) -> bytes:
 
     coder = _RangeCoder(bits, encoder=constriction.stream.queue.RangeEncoder())
     flags = []
-    for codes in matrices:
-        if codes.size == 0:
-            flags.append(0)
-            continue
-        offsets = _row_offsets(codes)
-        best = None
-        modes = [PLAIN] + [OFFSET_ROWS] * bool(offsets.any()) + [PREDICTED] * (coder.may_predict(*codes.shape) and _prediction_pays(codes))
-        for mode in modes:
-            trial = _RangeCoder(bits, encoder=coder.encoder.clone())
-            trial.model, trial.work = copy.deepcopy(coder.model), coder.work
-            trial.code(codes, mode, offsets)
-            size = trial.encoder.num_bits()
-            if best is None or size < best[0]:
-                best = (size, mode, trial)
-        flags.append(best[1])
-        coder = best[2]
+    with Progress("packing", sum(codes.size for codes in matrices), "weights") as advance:
+        for codes in matrices:
+            if codes.size == 0:
+                flags.append(0)
+                continue
+            offsets = _row_offsets(codes)
+            best = None
+            modes = [PLAIN] + [OFFSET_ROWS] * bool(offsets.any())
+            modes += [PREDICTED] * (coder.may_predict(*codes.shape) and _prediction_pays(codes))
+            for mode in modes:
+                trial = _RangeCoder(bits, encoder=coder.encoder.clone())
+                trial.model, trial.work = copy.deepcopy(coder.model), coder.work
+                trial.code(codes, mode, offsets)
+                size = trial.encoder.num_bits()
+                if best is None or size < best[0]:
+                    best = (size, mode, trial)
+            flags.append(best[1])
+            coder = best[2]
+            advance(codes.size)
     head = bytes(flags)
     return head + b"\0" * (-len(head) % 4) + coder.encoder.get_compressed().astype("<u4").tobytes()
 

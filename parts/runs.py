@@ -1,4 +1,4 @@
-"""A run's folder and the process that owns it: its lock, its logs, the signals that end it. Standard library only.
+"""A run's folder and the process that owns it: its names, its lock, its logs, the signals that end it. Standard library only.
 
 Nothing here may cost a run: a log line that cannot be written is dropped, a signal is remembered until the run can save.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parts.files import UserError
+from parts.progress import erase
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is where
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_folder(name: str | Path) -> Path:
+    """A run's folder, named by itself or by its artifact or model."""
+    path = Path(name)
+    return path.parent if path.is_file() else path
+
+
+def artifact_file(name: str | Path) -> Path:
+    """An artifact, named by itself or by the folder that it is in. Raises UserError that says how one is made."""
+    path = Path(name)
+    path = path / "artifact.bin" if path.is_dir() else path
+    if not path.is_file():
+        run = path.parent if (path.parent / "model.safetensors").is_file() else "runs/<RUN_ID>"
+        raise UserError(f"{path} does not exist; write it with `python quantize.py {run}`")
+    return path
+
+
+def set_aside(score: Path, aside: Path) -> None:
+    """Rename a score, and its log with it."""
+    for former, later in ((score, aside), (score.with_suffix(".log"), aside.with_suffix(".log"))):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(former, later)
+
+
+def previous_name(score: Path) -> Path:
+    """Where a score lies while the same is computed again."""
+    return score.with_name(f"{score.stem}.previous.json")
+
+
+def free_name(score: Path) -> Path:
+    """Where a score stays that is not the next one's: eval.1.json, eval.2.json, …"""
+    numbered = (score.with_name(f"{score.stem}.{number}.json") for number in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One process a folder
@@ -119,6 +160,7 @@ def print_line(line: str) -> bool:
     Where a full disk lies behind stdout the line is lost, and that is all.
     """
     try:
+        erase()
         print(line, flush=True)
     except BrokenPipeError:
         _silence_stdout()

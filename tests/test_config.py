@@ -67,11 +67,31 @@ def test_the_word_none_empties_a_presets_list():
         ({"GPTQ_RESERVE_SECONDS": "600"}, "leaves nothing"),
         ({"PRESET": "nope"}, "PRESET=nope"),
         ({"PRESET": "legal_ttt/nope"}, "no legal_ttt/nope.env"),
+        ({"PRESET": "nope"}, "legal_ttt, legal_ttt/one_gpu"),
     ],
 )
 def test_bad_settings_are_refused_with_their_reason(environment, message):
     with pytest.raises(T.UserError, match=re.escape(message)):
         T.resolve_config(environment)
+
+
+@pytest.mark.parametrize(("arguments", "shown"), [
+    (["--preset", "base"], "PRESET=base python train_gpt.py"),
+    (["TTT_LR=0.1"], "TTT_LR=0.1 python train_gpt.py"),
+    (["--matrix-lr=0.02"], "MATRIX_LR=0.02 python train_gpt.py"),
+    (["base"], "see --print-config"),
+])  # fmt: skip
+def test_an_argument_is_answered_with_the_variable(arguments, shown, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", *arguments])
+    with pytest.raises(T.UserError, match=re.escape(shown)):
+        T.main()
+
+
+def test_a_log_shows_chosen_settings_by_origin():
+    cfg = T.resolve_config({"PRESET": "demo", "RUN_ID": "a", "TTT_LR": "0.5", "XSA_LAYERS": "none"})
+    lines = T.chosen_settings(cfg, "run", "model", "train")
+    assert lines[0].startswith("preset:demo: ") and lines[-1] == "env: RUN_ID=a XSA_LAYERS=none" and len(lines) < 7
+    assert "TTT_LR" not in "".join(lines) and "TTT_LR=0.5" in "".join(T.chosen_settings(cfg, "eval"))
 
 
 def test_unknown_setting_in_a_preset_is_refused(tmp_path):

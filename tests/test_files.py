@@ -1,6 +1,7 @@
 """parts/files.py: how every command ends, and how files come to be."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,29 @@ def test_a_command_ends_in_one_line(capsys):
     assert end(raising(UserError("caf\udce9.txt")), capsys) == (2, "error: caf\\udce9.txt\n")  # a file name that is not text
     with pytest.raises(ValueError):  # a fault of ours is no fault of input
         cli(raising(ValueError()))
+
+
+def test_under_torchrun_one_rank_speaks_and_the_summary_names_the_others(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, said in (("0", "error: no shards\n"), ("3", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert end(raising(UserError("no shards")), capsys) == (2, said)
+        assert json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"] == "no shards"
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")  # another launcher, which shows nothing of its own
+    assert end(raising(UserError("no shards")), capsys) == (2, "error: rank 3: no shards\n")
+
+
+def test_a_lost_rank_is_one_line(capsys, monkeypatch):
+    class DistError(RuntimeError):  # as torch.distributed's
+        pass
+
+    gloo = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:60081. This is typically caused by"
+    line = "error: rank 1: lost touch with another rank (Connection closed by peer), whose own message says why\n"
+    monkeypatch.setenv("RANK", "1")
+    assert end(raising(RuntimeError(gloo)), capsys) == (2, line)
+    assert end(raising(DistError("NCCL error: remote process exited")), capsys)[0] == 2
+    with pytest.raises(RuntimeError):  # a fault of ours
+        cli(raising(RuntimeError("shapes do not match")))
 
 
 def test_help_where_the_terminal_is_not_unicode(monkeypatch):

@@ -56,8 +56,51 @@ def test_a_failed_evaluation_leaves_no_score(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     before = (folder / "eval.json").read_bytes()
     with pytest.raises(T.UserError, match="TTT"):
-        command(eval_ttt, folder / "artifact.bin", TTT_LR=1e30, TTT_CHUNK_TOKENS=64, DEVICE="cpu")
-    assert not (folder / "eval.json").exists() and (folder / "eval.previous.json").read_bytes() == before
+        command(eval_ttt, folder, TTT_LR=1e30, TTT_CHUNK_TOKENS=64, DEVICE="cpu")
+    assert not (folder / "eval.json").exists() and (folder / "eval.1.json").read_bytes() == before
+    log = (folder / "eval.log").read_text()
+    assert "error: TTT diverged" in log or "error: the loss is not finite" in log
+
+
+def test_a_score_of_other_settings_stays(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    first, log = (folder / "eval.json").read_bytes(), (folder / "eval.log").read_text()
+    assert "val_bpb:" in log and "wrote " in log
+    command(eval_ttt, folder / "artifact.bin", TTT_ENABLED=0)
+    assert "eval.json was the score of TTT_ENABLED=True: kept as eval.1.json" in capsys.readouterr().out
+    assert (folder / "eval.1.json").read_bytes() == first and (folder / "eval.1.log").read_text() == log
+    assert "  env: TTT_ENABLED=0" in (folder / "eval.log").read_text()
+    second = (folder / "eval.json").read_bytes()
+    command(eval_ttt, folder, "--out", tmp_path / "scores" / "wide.json", TTT_ENABLED=0, EVAL_STRIDE=32)
+    assert json.loads((tmp_path / "scores" / "wide.json").read_text())["config"]["eval_stride"] == 32
+    assert (tmp_path / "scores" / "wide.log").exists() and (folder / "eval.json").read_bytes() == second
+    command(eval_ttt, folder, TTT_ENABLED=0)  # the same again: replaced, nothing piles up
+    assert sorted(path.name for path in folder.glob("eval.*.json")) == ["eval.1.json"]
+    capsys.readouterr()
+    command(Q, folder, MATRIX_BITS=5)
+    assert "eval.json was the score of what stood here before: kept as eval.2.json" in capsys.readouterr().out
+    assert "MATRIX_BITS=5" in (folder / "quantize.log").read_text() and not (folder / "eval.json").exists()
+    command(Q, folder / "artifact.bin", "--out", tmp_path / "six")
+    assert {path.name for path in (tmp_path / "six").iterdir()} == {"artifact.bin", "evaluate.py", "quantize.json", "quantize.log"}
+    assert (tmp_path / "six" / "artifact.bin").read_bytes() == (run / "artifact.bin").read_bytes()
+    with pytest.raises(T.UserError, match=r"FILE\.json"):
+        command(eval_ttt, folder, "--out", tmp_path / "score")
+
+
+def test_training_that_makes_the_score_worse_is_remarked_on(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    command(eval_ttt, folder, TTT_LR=30, TTT_CHUNK_TOKENS=64)
+    assert "warning: test-time training made the score worse: " in capsys.readouterr().out
+    command(eval_ttt, folder, TTT_LR=0.0001)
+    assert "worse" not in capsys.readouterr().out
+
+
+def test_an_artifact_that_is_not_there_says_how_it_is_made(run, tmp_path):
+    with pytest.raises(T.UserError, match=r"artifact\.bin does not exist; write it with `python quantize\.py runs/<RUN_ID>`"):
+        command(eval_ttt, tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(T.UserError, match=f"write it with `python quantize.py {tmp_path}`"):
+        command(eval_ttt, tmp_path / "artifact.bin")
 
 
 def test_a_shard_that_is_not_the_manifests_is_named(dataset, tmp_path):
@@ -112,8 +155,10 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(run, monkeypat
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere: the file system has to say it
     with pytest.raises(T.UserError, match="run cannot be written"):
         command(Q, run)
-    eval_ttt.retire_score(run / "eval.json", T.RunContext())
+    before = (run / "eval.json").read_bytes()
+    command(eval_ttt, run, TTT_ENABLED=0)
     assert "cannot be written: the score will be printed only" in capsys.readouterr().out
+    assert (run / "eval.json").read_bytes() == before and not (run / "eval.previous.json").exists()
 
 
 def test_the_demo_reports_what_can_be_read(run, tmp_path, monkeypatch, capsys):

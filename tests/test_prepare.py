@@ -552,7 +552,15 @@ def test_the_summary_ends_with_a_command_that_trains(here, tokenizer, capsys):
     capsys.readouterr()
     prepare_ok("in.jsonl", "--tokenizer", tokenizer, "--val-fraction", 0.2, "--out", "a set", "--workers", 1)
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command == ["next", "VOCAB_SIZE=400", "DATA_PATH=a set", f"TOKENIZER_PATH={tokenizer}", "python", str(ROOT / "train_gpt.py")]
+    assert command == [
+        "next",
+        "PRESET=demo",
+        "VOCAB_SIZE=400",
+        "DATA_PATH=a set",
+        f"TOKENIZER_PATH={tokenizer}",
+        "python",
+        str(ROOT / "train_gpt.py"),
+    ]
 
 
 def test_work_of_other_options_is_not_continued(here, tokenizer, monkeypatch):

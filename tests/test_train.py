@@ -89,7 +89,9 @@ def test_a_run_leaves_what_it_promises(train):
 def test_rows_of_whole_documents_train(train):
     folder, code = train(RUN_ID="rows", DOCUMENT_MASK=1, TRAIN_ROW_TOKENS=256, TRAIN_SEQ_SCHEDULE="32@0.4", MICRO_BATCH_TOKENS=256)
     log = (folder / "train.log").read_text()
-    assert code == 0 and "batch: 2 x 256 = 512 tokens a step, documents cut every 32, 1 rows a micro-batch, 2 micro-batches" in log
+    assert (
+        code == 0 and "batch: 2 x 256 = 512 tokens a step, documents cut every 32, 1 row a micro-batch, 2 micro-batches on one rank" in log
+    )
     assert "step:5 2 x 256 = 512 tokens a step, documents cut every 64" in log
 
 
@@ -610,8 +612,8 @@ def test_wallclock_ends_the_run_annealed(train):
 
 def test_nothing_is_written_for_bad_input(launch, dataset, tmp_path):
     cases = [
-        ({"DATA_PATH": tmp_path / "nowhere"}, "is not a folder"),
-        ({"TOKENIZER_PATH": tmp_path / "nowhere.model"}, "is not a file"),
+        ({"DATA_PATH": tmp_path / "fineweb10B_sp8192"}, "is not a folder; `python data/prepare.py --variant sp8192` downloads"),
+        ({"TOKENIZER_PATH": tmp_path / "nowhere.model"}, "is not a file; `python data/prepare.py TEXT` builds"),
         ({"VOCAB_SIZE": 600}, "has 512 pieces, but VOCAB_SIZE=600"),
         ({"TRAIN_BATCH_TOKENS": 64 * 10**9}, "but the training shards hold"),
         ({"VAL_TOKENS": 1}, "nothing to score"),
