@@ -38,7 +38,7 @@ from torch import Tensor
 from data.shards import ByteTable, check_tokenizer, list_shards, load_shard, load_tokenizer, split_digest
 from parts import packing
 from parts.artifact import artifact_settings, restore_weights
-from parts.bundle import bundle
+from parts.bundle import RESERVATIONS, bundle
 from parts.code import SCRIPT_NAME, code_bytes, code_script
 from parts.files import UserError, atomic_write, cli, fault_line, read_json
 from parts.packing import Record
@@ -1315,7 +1315,7 @@ def table_command(run_dir: Path, names: list[str]) -> None:
 USAGE = """quantize.py [-h] runs/<RUN_ID> [--out FOLDER] [--search-seconds S]
        quantize.py table runs/<RUN_ID> [--variants a,b,...]
        quantize.py compare runs/<RUN_ID>|ARTIFACT
-       quantize.py bundle runs/<RUN_ID> --out FOLDER [--author A] [--github-id G] [--name N] [--track T]"""
+       quantize.py bundle runs/<RUN_ID> --out FOLDER [--author A] [--github-id G] [--name N] [--track T] [--despite R]"""
 
 
 def main() -> int:
@@ -1340,6 +1340,8 @@ def main() -> int:
         for option in ("--author", "--github-id", "--name"):
             parser.add_argument(option, default="")
         parser.add_argument("--track", default="10min_16mb")
+        despite = "hand in a score that is refused for this, and say so in submission.json (may be repeated)"
+        parser.add_argument("--despite", action="append", default=[], choices=RESERVATIONS, help=despite)
     options = parser.parse_args(arguments)
     run = run_folder(options.run)
     if command == "quantize":
@@ -1350,7 +1352,7 @@ def main() -> int:
         compare_command(artifact_file(options.run))
     else:
         about = {"author": options.author, "github_id": options.github_id, "name": options.name, "track": options.track}
-        bundle(run, options.out, **about)
+        bundle(run, options.out, options.despite, **about)
     return 0
 
 

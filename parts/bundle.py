@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from parts import packing
@@ -31,7 +32,7 @@ README = """\
 `val_bpb` {val_bpb:.4f} ({val_loss:.4f} nats a token), {bytes_total:,} bytes: `artifact.bin` {bytes_model:,} + `{script}` {bytes_code:,},
 tokenizer {bytes_tokenizer:,} (0: it does not count). (The training script packed the same way would take {bytes_code_training:,}.)
 
-Evaluate, or evaluate and audit, from any folder, with the packages of this track installed:
+{reservations}Evaluate, or evaluate and audit, from any folder, with the packages of this track installed:
 
     DATA_PATH=<folder of fineweb_val_*.bin> TOKENIZER_PATH=<tokenizer>.model python {script} [--audit]
 
@@ -45,27 +46,49 @@ Train, {hardware} as it was here ({train_seconds} s with calibration):
 """
 
 
-def finished_score(run_dir: Path) -> dict:
-    """What eval.json says, if it is the score of the artifact beside it: whole text, this code, no check failed. Raises UserError."""
+# What keeps a score from being handed in, unless it is accepted by its name: `--despite NAME`. submission.json and README.md then say so.
+RESERVATIONS = ("other-artifact", "other-code", "partial-evaluation", "no-audit", "failed-audit", "incomplete-audit")
+
+
+def reservations(scores: dict, artifact: Path) -> dict[str, str]:
+    """Those of RESERVATIONS that hold -> what exactly."""
+    hashes, audit = scores.get("sha256") or {}, scores.get("audit") or {}
+    verdict, found = audit.get("verdict"), {}
+    if hashes.get("artifact") != sha256_file(artifact):
+        found["other-artifact"] = f"it is the score of another artifact than {artifact.name}"
+    if hashes.get("code", code_hash()) != code_hash():
+        found["other-code"] = "it is the score of other code than would be handed in"
+    if (scores.get("config") or {}).get("eval_tokens"):
+        found["partial-evaluation"] = f"it scores {scores.get('tokens_scored')} targets only (EVAL_TOKENS)"
+    if verdict == "fail":
+        failed = [check.get("name") for check in audit.get("checks") or [] if check.get("verdict") == "fail"]
+        found["failed-audit"] = f"the audit failed: {', '.join(map(str, failed)) or 'see its report'}"
+    elif verdict == "incomplete":
+        found["incomplete-audit"] = (
+            f"the audit is incomplete for want of: {', '.join(map(str, audit.get('missing') or [])) or 'see its report'}"
+        )
+    elif verdict != "pass":
+        found["no-audit"] = "it was not audited"
+    return found
+
+
+def finished_score(run_dir: Path, despite: Collection[str] = ()) -> tuple[dict, dict[str, str]]:
+    """What eval.json says, if it is the score of the artifact beside it: whole text, this code, audited; and what it is not of that, all of
+    which is among `despite`. Raises UserError."""
     artifact, path = run_dir / "artifact.bin", run_dir / "eval.json"
-    for file, maker in ((artifact, f"python quantize.py {run_dir}"), (path, f"python eval_ttt.py {artifact}")):
+    for file, maker in ((artifact, f"python quantize.py {run_dir}"), (path, f"python eval_ttt.py {artifact} --audit")):
         if not file.is_file():
             raise UserError(f"{file} is missing: run `{maker}` first")
     scores = read_json(path) or {}
-    hashes, config = scores.get("sha256") or {}, scores.get("config") or {}
-    again = f"run `python eval_ttt.py {artifact}` again"
+    again = f"run `EVAL_TOKENS=0 python eval_ttt.py {artifact} --audit` again"
     if not all(isinstance(scores.get(name), float) for name in ("val_loss", "val_bpb")):
         raise UserError(f"{path} is not a finished evaluation: {again}")
-    if hashes.get("artifact") != sha256_file(artifact):
-        raise UserError(f"{path} is the score of another artifact than {artifact}: {again}")
-    if hashes.get("code", code_hash()) != code_hash():
-        raise UserError(f"{path} is the score of other code than would be handed in: {again}")
-    if config.get("eval_tokens"):
-        raise UserError(f"{path} scores {scores.get('tokens_scored')} targets only: run `EVAL_TOKENS=0 python eval_ttt.py {artifact}`")
-    if (scores.get("audit") or {}).get("verdict") == "fail":
-        raise UserError(f"{path}: the audit's verdict is fail: {again} with --audit, once what it found is mended")
-    check_origin(run_dir, hashes.get("val_data"))
-    return scores
+    found = reservations(scores, artifact)
+    if refused := [name for name in found if name not in despite]:
+        all_the_same = " ".join(f"--despite {name}" for name in found)
+        raise UserError(f"{path}: {'; '.join(map(found.get, refused))}. {again}; `{all_the_same}` hands it in as it is, and says so in it")
+    check_origin(run_dir, (scores.get("sha256") or {}).get("val_data"))
+    return scores, found
 
 
 def check_origin(run_dir: Path, scored_on: str | None) -> None:
@@ -111,7 +134,7 @@ def write_trainer(folder: Path, preset: str, config: dict) -> None:
     (folder / "records" / preset / "config.env").write_text("".join(lines))
 
 
-def stage(run_dir: Path, folder: Path, scores: dict, about: dict) -> dict:
+def stage(run_dir: Path, folder: Path, scores: dict, despite: dict[str, str], about: dict) -> dict:
     """Write the whole submission into an empty folder; -> what submission.json holds."""
     artifact = run_dir / "artifact.bin"
     header, payload = packing.read_header(artifact.read_bytes(), str(artifact))
@@ -137,6 +160,7 @@ def stage(run_dir: Path, folder: Path, scores: dict, about: dict) -> dict:
         "val_loss": scores["val_loss"],
         "val_bpb": scores["val_bpb"],
         "audit": (scores.get("audit") or {}).get("verdict"),
+        **({"despite": despite} if despite else {}),
         "bytes_total": bytes_model + bytes_code + bytes_tokenizer,
         "bytes_model": bytes_model,
         "bytes_code": bytes_code,
@@ -145,10 +169,11 @@ def stage(run_dir: Path, folder: Path, scores: dict, about: dict) -> dict:
         "seeds": [run_settings.get("seed")],
         "hardware": f"{header.get('world_size', 1)} x {header.get('device', 'unknown')}",
         "train_seconds": quantized.get("train_seconds_with_calibration", header.get("train_seconds")),
-        "sha256": {"artifact": sha256_file(folder / "artifact.bin"), "evaluated_artifact": scores["sha256"]["artifact"]},
+        "sha256": {"artifact": sha256_file(folder / "artifact.bin"), "evaluated_artifact": (scores.get("sha256") or {}).get("artifact")},
     }
     write_json(folder / "submission.json", submission)
-    text = README.format(script=SCRIPT_NAME, preset=preset, world_size=header.get("world_size", 1), **submission)
+    about_it = f"Handed in although {'; '.join(despite.values())}.\n\n" if despite else ""
+    text = README.format(script=SCRIPT_NAME, preset=preset, world_size=header.get("world_size", 1), reservations=about_it, **submission)
     (folder / "README.md").write_text(text)
     return submission
 
@@ -170,18 +195,18 @@ def former_files(out: Path) -> dict[str, str]:
     return former
 
 
-def bundle(run_dir: Path, out: Path, **about: str) -> dict:
+def bundle(run_dir: Path, out: Path, despite: Collection[str] = (), **about: str) -> dict:
     """Make the folder, or remake it; what else lies in it stays. about: author, github_id, name, track. -> what submission.json holds.
 
     Built aside and moved into place; a new folder appears whole. Raises UserError, before anything is touched, where the score is not that
     of the artifact, or where `out` holds files of others or changed ones in the way.
     """
-    scores = finished_score(run_dir)
+    scores, found = finished_score(run_dir, despite)
     former = former_files(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        submission = stage(run_dir, staging, scores, {**about, "name": about.get("name") or run_dir.name})
+        submission = stage(run_dir, staging, scores, found, {**about, "name": about.get("name") or run_dir.name})
         made = files_below(staging)
         for name in made:
             if name not in former and (out / name).exists():
@@ -205,6 +230,8 @@ def bundle(run_dir: Path, out: Path, **about: str) -> dict:
         f"{tokenizer} = {total:,} "
         f"of {SIZE_LIMIT_BYTES:,} bytes"
     )
+    for reason in found.values():
+        print(f"warning: handed in although {reason}")
     if total > SIZE_LIMIT_BYTES:
         print(f"warning: {total - SIZE_LIMIT_BYTES:,} bytes over the limit")
     return submission

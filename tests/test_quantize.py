@@ -912,7 +912,9 @@ def retrained(run):
         (lambda run, scores: scores.pop("sha256"), "another artifact"),
         (lambda run, scores: scores["sha256"].update(code="0" * 64), "other code"),
         (lambda run, scores: scores["config"].update(eval_tokens=500), "1499 targets only"),
-        (lambda run, scores: scores["audit"].update(verdict="fail"), "verdict is fail"),
+        (lambda run, scores: scores["audit"].update(verdict="fail"), "the audit failed.*--despite failed-audit"),
+        (lambda run, scores: scores["audit"].update(verdict="incomplete", missing=["byte count"]), "incomplete for want of: byte count"),
+        (lambda run, scores: scores.update(audit=None), "not audited.*--despite no-audit"),
         (lambda run, scores: scores.pop("val_bpb"), "not a finished evaluation"),
         (lambda run, scores: (run / "artifact.bin").unlink(), r"artifact\.bin is missing: run `python quantize\.py"),
         (lambda run, scores: (run / "train.log").unlink(), "needs its training log"),
@@ -932,6 +934,26 @@ def test_bundle_refuses_a_score_that_is_not_the_artifacts(scored, tmp_path, chan
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_bundle_says_what_it_was_handed_in_despite(scored, tmp_path):
+    run, about = tmp_path / "run", {"author": "", "github_id": "", "name": "", "track": ""}
+    shutil.copytree(scored, run)
+    scores = json.loads((run / "eval.json").read_text())
+    scores["config"]["eval_tokens"] = 1500
+    scores["audit"] = {"verdict": "incomplete", "missing": ["documents disjoint", "whole text"], "checks": []}
+    (run / "eval.json").write_text(json.dumps(scores))
+    with pytest.raises(UserError, match="it scores 1499 targets only"):  # one word does not stand for the other
+        bundle(run, tmp_path / "submission", ["incomplete-audit"], **about)
+    submission = bundle(run, tmp_path / "submission", ["incomplete-audit", "partial-evaluation", "failed-audit"], **about)
+    reasons = {
+        "partial-evaluation": "it scores 1499 targets only (EVAL_TOKENS)",
+        "incomplete-audit": "the audit is incomplete for want of: documents disjoint, whole text",
+    }
+    assert submission["despite"] == reasons == json.loads((tmp_path / "submission" / "submission.json").read_text())["despite"]
+    assert "Handed in although it scores 1499 targets only" in (tmp_path / "submission" / "README.md").read_text()
+    assert "despite" not in bundle(scored, tmp_path / "clean", ["no-audit"], **about)
+    assert "Handed in" not in (tmp_path / "clean" / "README.md").read_text()
+
+
 def test_bundle_runs_on_its_own(world, clean, tmp_path):
     run = clone_run(world, tmp_path / "run")
     (run / "train.log").write_text("log\n")
@@ -942,7 +964,7 @@ def test_bundle_runs_on_its_own(world, clean, tmp_path):
     done = run_cli(str(run / "artifact.bin"), script=ROOT / "eval_ttt.py", **settings)
     assert done.returncode == 0, done.stderr
     expected = json.loads((run / "eval.json").read_text())
-    submission = bundle(run, tmp_path / "submission")
+    submission = bundle(run, tmp_path / "submission", ["no-audit"])
     assert submission["val_bpb"] == expected["val_bpb"]
 
     empty = tmp_path / "empty"
