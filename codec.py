@@ -4,7 +4,7 @@
     python codec.py decompress OUT TEXT [--artifact ARTIFACT]            the artifact is looked for by its hash if it is not named
     python codec.py prove runs/<RUN_ID>/artifact.bin                     the validation split there and back; what `eval_ttt.py --prove` runs
     python codec.py compare TEXT [ARTIFACT]                              the same text under xz, zstd and brotli
-    TTT_ENABLED=0 EXPERTS=none python codec.py compress ...              evaluation settings are environment variables, kept in the file
+    TTT_MODE=off EXPERTS=none python codec.py compress ...              evaluation settings are environment variables, kept in the file
 
 Bits per byte claim what a code could do. Here the code is written: 8 × file bytes / text bytes is a score that leaves nothing to believe,
 for whoever can decode the text has not looked at it. The probabilities are the evaluation's own: the model under sliding windows,
@@ -376,7 +376,7 @@ class Replay:
 
 def model_config(cfg: Config) -> ModelConfig:
     """Documents that are scored from their own first token (EVAL_BY_DOCUMENT) do not see each other in a window either."""
-    return dataclasses.replace(cfg.model, document_mask=cfg.model.document_mask or cfg.eval.eval_by_document)
+    return dataclasses.replace(cfg.model, document_mask=cfg.model.document_mask or cfg.eval.by_document)
 
 
 def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
@@ -393,9 +393,11 @@ class Lockstep:
     """
 
     def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext, streams: Streams):
-        if cfg.eval.ttt_enabled and cfg.eval.ttt_reset_per_doc:
+        if cfg.eval.ttt_mode == "document":
+            raise UserError("TTT_MODE=document: the codec does not train by document; compress with TTT_MODE=stream or TTT_MODE=off")
+        if cfg.eval.ttt_mode != "off" and cfg.eval.ttt_reset_per_doc:
             raise UserError(
-                "TTT_RESET_PER_DOC=1: streams in lockstep share their weights; compress with TTT_RESET_PER_DOC=0 or TTT_ENABLED=0"
+                "TTT_RESET_PER_DOC=1: streams in lockstep share their weights; compress with TTT_RESET_PER_DOC=0 or TTT_MODE=off"
             )
         model.cfg = model_config(cfg)
         model.kernels = choose_kernels(cfg, ctx.device)
@@ -407,7 +409,7 @@ class Lockstep:
         self.window = cfg.eval.eval_seq_len or cfg.train.train_seq_len
         self.stride = cfg.eval.eval_stride
         self.trainer, self.weights = None, contextlib.ExitStack()
-        if cfg.eval.ttt_enabled and cfg.eval.ttt_epochs:
+        if cfg.eval.ttt_mode != "off" and cfg.eval.ttt_epochs:
             seq_len = cfg.eval.ttt_seq_len or self.window
             self.trainer = TestTimeTrainer(model, model, cfg, byte_table.to(self.device), ctx, seq_len)
             self.weights.enter_context(self.trainer.scoring_weights())

@@ -46,9 +46,11 @@ from torch import Tensor, nn
 from data.shards import BOS_ID, ByteTable, list_shards, load_manifest, load_shard, load_tokenizer, split_digest, tokenizer_hash
 from parts import audit as auditing
 from parts import packing
+from parts.adapters import linear_adapters, repeatable_gradients
 from parts.artifact import Artifact, artifact_settings, load_artifact
 from parts.audit import Ledger, Trace
 from parts.code import code_bytes, code_script
+from parts.document_ttt import DocumentReader, DocumentTrainer
 from parts.experts import ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
 from parts.files import UserError, cli, fault_line, read_json, write_json
 from parts.progress import duration
@@ -61,7 +63,6 @@ from train_gpt import (
     EvalConfig,
     EvalResult,
     HashEmbedding,
-    Linear,
     RunContext,
     Window,
     chosen_settings,
@@ -86,9 +87,12 @@ from train_gpt import (
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+DOCUMENTS_A_CHUNK = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Targets start..end-1: scored with one state of the weights, then learned from."""
+    """Targets start..end-1: scored with one state of the weights, then learned from. In TTT_MODE=document: a few whole documents."""
 
     start: int
     end: int
@@ -96,17 +100,20 @@ class Chunk:
 
 
 def plan_chunks(tokens: Tensor, cfg: EvalConfig) -> list[Chunk]:
-    """Cut the targets into chunks of TTT_CHUNK_TOKENS; with TTT_RESET_PER_DOC also at every document start.
+    """Cut the targets into chunks of TTT_CHUNK_TOKENS; with TTT_RESET_PER_DOC also at every document start. TTT_MODE=document: at every
+    64th document start, nowhere else.
 
     The target that *is* a BOS belongs to the document it ends, and a cut at token j is decided by token j, which lies before every
     target it affects: the plan looks no further ahead than the text read so far.
     """
     targets, size = len(tokens) - 1, cfg.ttt_chunk_tokens
-    if not cfg.ttt_enabled:
+    if cfg.ttt_mode == "off":
         return [Chunk(0, targets)]
-    starts = [0]
-    if cfg.ttt_reset_per_doc:
-        starts += [i for i in (tokens == BOS_ID).nonzero().squeeze(1).tolist() if 0 < i < targets]
+    documents = [0, *(i for i in (tokens == BOS_ID).nonzero().squeeze(1).tolist() if 0 < i < targets)]
+    if cfg.ttt_mode == "document":
+        starts = documents[::DOCUMENTS_A_CHUNK]
+        return [Chunk(first, last) for first, last in zip(starts, [*starts[1:], targets])]
+    starts = documents if cfg.ttt_reset_per_doc else [0]
     chunks = []
     for first, last in zip(starts, [*starts[1:], targets]):
         chunks += [Chunk(i, min(i + size, last), cfg.ttt_reset_per_doc and i == first) for i in range(first, last, size)]
@@ -132,20 +139,6 @@ def chunk_lr(cfg: EvalConfig, index: int, count: int) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class LoRA(nn.Module):
-    """Low-rank addition to a linear layer (Hu et al. 2021): x -> B(A x), zero at the start because B is."""
-
-    def __init__(self, linear: Linear, rank: int, generator: torch.Generator):
-        super().__init__()
-        out_features, in_features = linear.weight.shape
-        start = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
-        self.down = nn.Parameter(start.to(linear.weight.device))
-        self.up = nn.Parameter(torch.zeros(out_features, rank, device=linear.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.down.to(x.dtype).T) @ self.up.to(x.dtype).T
-
-
 def choose_trainable(model: GPT, cfg: EvalConfig, seed: int) -> dict[str, tuple[nn.Parameter, float]]:
     """Attach what TTT adds to the model and return what it trains: name -> (parameter, multiple of TTT_LR). All else is frozen.
 
@@ -159,11 +152,7 @@ def choose_trainable(model: GPT, cfg: EvalConfig, seed: int) -> dict[str, tuple[
     chosen = {spec.name: (spec.param, 1.0) for spec in table if roles is None or spec.role in roles}
     model.requires_grad_(False)
     if cfg.ttt_params == "lora":
-        generator = torch.Generator().manual_seed(seed)
-        for name, module in model.named_modules():
-            if isinstance(module, Linear) and not f"{name}.".startswith(frozen):
-                module.adapter = LoRA(module, cfg.ttt_lora_rank, generator)
-                chosen |= {f"{name}.adapter.{key}": (param, 1.0) for key, param in module.adapter.named_parameters()}
+        chosen |= {name: (param, 1.0) for name, param in linear_adapters(model, cfg.ttt_lora_rank, seed, frozen).items()}
     if cfg.ttt_hash_buckets:
         if cfg.ttt_hash_buckets < 2:
             raise UserError("TTT_HASH_BUCKETS=1 leaves no bucket for n-grams: the last one means 'no predecessor'")
@@ -175,26 +164,6 @@ def choose_trainable(model: GPT, cfg: EvalConfig, seed: int) -> dict[str, tuple[
     for param, _ in chosen.values():
         param.requires_grad_(True)
     return chosen
-
-
-@contextlib.contextmanager
-def repeatable_gradients(device: torch.device) -> Iterator[None]:
-    """Inside the block a GPU's gradients are the same to the bit when they are computed again.
-
-    The fastest attention backward adds in no fixed order. That noise, carried into the weights, would blur what the audit's reruns
-    are there to see: a score that moved because of a token it must not depend on.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 class TestTimeTrainer:
@@ -382,13 +351,15 @@ class ScoreFirstEvaluator:
         forward = maybe_compile(model, cfg.run)
         self.compiled = forward is not model
         self.forward = FewShapes(forward, self.batch, cfg.eval.eval_stride, self.seq_len)
-        self.trainer = None
-        if cfg.eval.ttt_enabled:
+        self.trainer = self.document_trainer = None
+        if cfg.eval.ttt_mode == "document":
+            self.document_trainer = DocumentTrainer(model, cfg.eval, cfg.run.seed, self.seq_len, ctx.device)
+        elif cfg.eval.ttt_mode == "stream":
             seq_len = cfg.eval.ttt_seq_len or self.seq_len
             self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, seq_len)
         # With attention across documents, weights that learn on, or counts, a document's score rests on the documents before it.
-        forgets = not cfg.eval.ttt_enabled or cfg.eval.ttt_reset_per_doc
-        separate = cfg.model.document_mask or cfg.eval.eval_by_document
+        forgets = cfg.eval.ttt_mode != "stream" or cfg.eval.ttt_reset_per_doc
+        separate = cfg.model.document_mask or cfg.eval.by_document
         self.documents_independent = separate and forgets and not cfg.eval.expert_names
 
     @torch.no_grad()
@@ -406,7 +377,7 @@ class ScoreFirstEvaluator:
         began = time.perf_counter()
         size = min(targets, self.seq_len + (self.batch + 1) * self.cfg.eval_stride * self.ctx.world_size) + 1
         # By document: one of every length that a window is filled up to, and one that needs a second window.
-        lengths = [*padded_lengths(self.seq_len), self.seq_len + self.cfg.eval_stride] if self.cfg.eval_by_document else [size]
+        lengths = [*padded_lengths(self.seq_len), self.seq_len + self.cfg.eval_stride] if self.cfg.by_document else [size]
         size = max(size, sum(lengths))
         made_up = torch.randint(2, self.vocab_size, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
         made_up[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = BOS_ID
@@ -428,10 +399,78 @@ class ScoreFirstEvaluator:
         `report(chunk number, of, trace, target reached)` after each chunk, `advance(targets)` after each block."""
         if len(tokens) < 2:
             raise UserError("the validation split has fewer than two tokens: nothing to score")
+        full = full and self.document_trainer is None  # there losses and distributions are of the same logits
         session = Session(self, len(tokens) - 1, full, report, advance)
         session.feed(tokens)
         session.catch_up(session.targets)
         return session.close()
+
+
+class WindowReader:
+    """What the model says of a stream of which more and more becomes known, by windows: logits or losses of any stretch."""
+
+    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: Tensor, full: bool):
+        """tokens [N + 1]: the text, filled from the left by whoever calls. full: no shape of a forward tells where a document ends."""
+        self.evaluator, self.cfg, self.ctx, self.tokens, self.full = evaluator, evaluator.cfg, evaluator.ctx, tokens, full
+        self.windows = plan_windows(len(tokens) - 1, evaluator.seq_len, self.cfg.eval_stride)
+        self.begins = [window.score_from for window in self.windows]
+        self.stretch = evaluator.batch * self.cfg.eval_stride * self.ctx.world_size  # targets whose windows fill every rank's batch
+        self.chunk: Chunk | None = None
+        self.ahead: list[tuple[int, int, Tensor, Tensor]] = []  # (start, known then, positions, values) of the last stretches
+
+    def values(self, begin: int, end: int, known: int, chunk: Chunk, whole: bool) -> tuple[Tensor, Tensor]:
+        """This rank's share of targets begin..end-1 of a chunk: (ascending positions [n], losses [n] or, whole, logits [n, V]).
+
+        Logits come a stretch of windows at a time; a stretch is kept for those who come back to it, and computed again once more of its
+        inputs are known. Blank where nothing is known yet.
+        """
+        if not whole:
+            return self._compute(begin, end, whole)
+        if chunk.start != (self.chunk or chunk).start:
+            self.ahead = []  # other weights
+        self.chunk, self.ahead = chunk, [part for part in self.ahead if part[0] + self.stretch > begin]
+        first = chunk.start + (begin - chunk.start) // self.stretch * self.stretch
+        for start in range(first, min(end, known), self.stretch):
+            until = min(start + self.stretch, chunk.end)
+            kept = next((part for part in self.ahead if part[0] == start), None)
+            if kept is None or kept[1] < min(known, until):
+                values = self._compute(start, until, whole)
+                self.ahead = [part for part in self.ahead if part is not kept] + [(start, known, *values)]
+        self.ahead.sort(key=lambda part: part[0])
+        positions, logits = (torch.cat([part[i] for part in self.ahead]) for i in (2, 3))
+        inside = (positions >= begin) & (positions < end)
+        return positions[inside], logits[inside]
+
+    def _windows_between(self, start: int, end: int) -> list[Window]:
+        """Windows that score targets start..end-1. One that reaches over `start` is scored from there on only: same context, same result."""
+        if self.cfg.by_document:
+            return document_windows(self.tokens, self.evaluator.seq_len, self.cfg.eval_stride, start, end)
+        first = bisect.bisect_right(self.begins, start) - 1
+        last = bisect.bisect_left(self.begins, end)
+        return [window._replace(score_from=max(window.score_from, start)) for window in self.windows[first:last]]
+
+    def _compute(self, start: int, end: int, whole: bool) -> tuple[Tensor, Tensor]:
+        evaluator, ctx = self.evaluator, self.ctx
+
+        def logits(inputs: Tensor, targets: Tensor, *, reduction: str, score_last: int) -> Tensor:
+            return evaluator.forward(inputs, score_last=score_last)
+
+        mine = self._windows_between(start, end)[ctx.rank :: ctx.world_size]
+        shape = (evaluator.vocab_size,) if whole else ()
+        positions, values = [torch.empty(0, dtype=torch.int64, device=ctx.device)], [torch.empty(0, *shape, device=ctx.device)]
+        sizes = evaluator.seq_len, self.cfg.eval_stride, evaluator.batch
+        for at, value in score_windows(logits if whole else evaluator.forward, self.tokens, mine, *sizes, whole=self.full):
+            inside = at < end
+            positions.append(at[inside])
+            values.append(value[inside])
+        positions, values = torch.cat(positions), torch.cat(values)
+        if self.cfg.by_document:  # came in batches of like lengths
+            positions, order = positions.sort()
+            values = values[order]
+        return positions, values
+
+    def close(self) -> None:
+        pass
 
 
 class Session:
@@ -452,11 +491,9 @@ class Session:
     ):
         cfg, ctx = evaluator.cfg, evaluator.ctx
         self.advance = advance or (lambda count: None)
-        self.evaluator, self.cfg, self.ctx, self.targets, self.full, self.report = evaluator, cfg, ctx, targets, full, report
+        self.evaluator, self.cfg, self.ctx, self.targets, self.report = evaluator, cfg, ctx, targets, report
         self.tokens = torch.zeros(targets + 1, dtype=torch.int32, device=ctx.device)  # blank beyond `known`; blank is no BOS
         self.known = 0
-        self.windows = plan_windows(targets, evaluator.seq_len, cfg.eval_stride)
-        self.begins = [window.score_from for window in self.windows]
         self.trace = EvaluationTrace(Ledger(targets), bytes_scored=0)
         # The mixture without experts is the model itself: that path also serves to show full distributions.
         self.mixture = self.invalid = None
@@ -465,12 +502,16 @@ class Session:
             self.sums = torch.zeros(len(self.mixture.series), dtype=torch.float64, device=ctx.device)
         if cfg.invalid_cache:
             self.invalid = InvalidClaims(evaluator.vocab_size, ctx)
-        self.stretch = evaluator.batch * cfg.eval_stride * ctx.world_size  # targets whose windows fill every rank's batch
-        self.block = cfg.expert_block_tokens if self.mixture else self.stretch
+        if evaluator.document_trainer:
+            self.reader = DocumentReader(evaluator.document_trainer, self.tokens, self.trace.ledger, ctx)
+            self.block = targets
+        else:
+            self.reader = WindowReader(evaluator, self.tokens, full)
+            self.block = self.reader.stretch
+        self.block = cfg.expert_block_tokens if self.mixture else self.block
         self.chunks = plan_chunks(self.tokens, cfg)
         self.number = 0  # of the chunk at hand
         self.done = 0  # targets before it are scored and counted; a block begins here
-        self.ahead: list[tuple[int, int, Tensor, Tensor]] = []  # (start, known then, positions, values) of the model's last stretches
         if evaluator.trainer:
             evaluator.trainer.reset()
 
@@ -481,7 +522,7 @@ class Session:
             raise UserError(f"the text has {len(self.tokens):,} tokens: {len(tokens):,} more than {self.known:,} are too many")
         self.tokens[self.known : self.known + len(tokens)] = tokens.to(self.ctx.device)
         self.known += len(tokens)
-        if self.cfg.ttt_reset_per_doc and bool((tokens == BOS_ID).any()):
+        if bool((tokens == BOS_ID).any()):
             self.chunks = plan_chunks(self.tokens, self.cfg)  # as far as they are begun they stay what they were
 
     def catch_up(self, target: int) -> None:
@@ -496,6 +537,8 @@ class Session:
         """Probabilities float32 [last - first, V] of targets first..last-1, which lie at or after all that `rows` has given."""
         if not 0 <= first < last <= self.known:
             raise UserError(f"targets {first}..{last - 1} cannot be asked for: {self.known} tokens are known")
+        if self.evaluator.documents_independent and self.evaluator.trainer is None:
+            self._pass_over(first)
         self.catch_up(first)
         parts = []
         while first < last:
@@ -518,6 +561,7 @@ class Session:
 
     def close(self) -> EvaluationTrace:
         trace, tokens = self.trace, self.tokens
+        self.reader.close()
         scored = (trace.ledger.coverage > 0).to(self.ctx.device)
         trace.bytes_scored = int(self.evaluator.byte_table.targets(tokens)[scored].sum())
         if self.mixture is not None:
@@ -530,6 +574,16 @@ class Session:
         return trace
 
     # -- order --
+
+    def _pass_over(self, target: int) -> None:
+        """Go to the block of a target without scoring what is before it: nothing that is asked for rests on that."""
+        while self.done < target:
+            if self.done == self.chunks[self.number].end:
+                self.number += 1
+            end = min(self.done + self.block, self.chunks[self.number].end)
+            if end > target:
+                return
+            self.done = end
 
     def _block(self) -> tuple[int, int]:
         """The block that begins at `done`; training on the chunk before it comes first, where there is one."""
@@ -548,7 +602,6 @@ class Session:
             with self.clock("training"):
                 trainer.learn(self.tokens, chunk, chunk_lr(cfg, self.number, len(self.chunks)))
         self.number += 1
-        self.ahead = []  # other weights
 
     def _finish(self, begin: int, end: int, prediction: Prediction | None = None, mine: Tensor | None = None) -> None:
         """Score the block begin..end-1, whose tokens are all known, and count it."""
@@ -561,7 +614,6 @@ class Session:
                 with self.clock("experts"):
                     self._record_mixed(begin, end, prediction, mine)
         self.done = end
-        self.ahead = [part for part in self.ahead if part[0] + self.stretch > end]
         self.advance(end - begin)
         chunk = self.chunks[self.number]
         if end == chunk.end:
@@ -583,57 +635,6 @@ class Session:
             torch.cuda.synchronize(self.ctx.device)
         self.trace.seconds[phase] = self.trace.seconds.get(phase, 0.0) + time.perf_counter() - began
 
-    # -- model --
-
-    def _windows_between(self, start: int, end: int) -> list[Window]:
-        """Windows that score targets start..end-1. One that reaches over `start` is scored from there on only: same context, same result."""
-        if self.cfg.eval_by_document:
-            return document_windows(self.tokens, self.evaluator.seq_len, self.cfg.eval_stride, start, end)
-        first = bisect.bisect_right(self.begins, start) - 1
-        last = bisect.bisect_left(self.begins, end)
-        return [window._replace(score_from=max(window.score_from, start)) for window in self.windows[first:last]]
-
-    def _model(self, start: int, end: int, forward: Callable[..., Tensor], width: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """This rank's share of targets start..end-1: (ascending positions [n], what `forward` gives there [n, *width])."""
-        ctx = self.ctx
-        mine = self._windows_between(start, end)[ctx.rank :: ctx.world_size]
-        positions, values = [torch.empty(0, dtype=torch.int64, device=ctx.device)], [torch.empty(0, *width, device=ctx.device)]
-        sizes = self.evaluator.seq_len, self.cfg.eval_stride, self.evaluator.batch
-        for at, value in score_windows(forward, self.tokens, mine, *sizes, whole=self.full):
-            inside = at < end
-            positions.append(at[inside])
-            values.append(value[inside])
-        positions, values = torch.cat(positions), torch.cat(values)
-        if self.cfg.eval_by_document:  # came in batches of like lengths
-            positions, order = positions.sort()
-            values = values[order]
-        return positions, values
-
-    def _logits(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """(positions [n], logits [n, V]) of this rank's share of a block, a stretch of windows at a time; a stretch is kept for the
-        blocks that share it, and computed again once more of its inputs are known. Blank where nothing is known yet."""
-
-        def forward(inputs: Tensor, targets: Tensor, *, reduction: str, score_last: int) -> Tensor:
-            return self.evaluator.forward(inputs, score_last=score_last)
-
-        chunk = self.chunks[self.number]
-        first = chunk.start + (begin - chunk.start) // self.stretch * self.stretch
-        for start in range(first, min(end, self.known), self.stretch):
-            until = min(start + self.stretch, chunk.end)
-            kept = next((part for part in self.ahead if part[0] == start), None)
-            if kept is None or kept[1] < min(self.known, until):
-                with self.clock("model"):
-                    values = self._model(start, until, forward, (self.evaluator.vocab_size,))
-                self.ahead = [part for part in self.ahead if part is not kept] + [(start, self.known, *values)]
-        self.ahead.sort(key=lambda part: part[0])
-        positions, logits = (torch.cat([part[i] for part in self.ahead]) for i in (2, 3))
-        inside = (positions >= begin) & (positions < end)
-        positions, logits = positions[inside], logits[inside]
-        if self.ctx.world_size == 1 and len(positions) < end - begin:  # the same shape as when all of it is known
-            logits = torch.cat((logits, logits.new_zeros(end - begin - len(positions), logits.size(1))))
-            positions = torch.arange(begin, end, device=self.ctx.device)
-        return positions, logits
-
     # -- scores --
 
     def _record(self, start: int, end: int, nll: Tensor, times: Tensor) -> None:
@@ -644,7 +645,7 @@ class Session:
         self.trace.ledger.score(slice(start, end), nll)
 
     def _record_plain(self, start: int, end: int) -> None:
-        positions, nll = self._model(start, end, self.evaluator.forward, ())
+        positions, nll = self.reader.values(start, end, self.known, self.chunks[self.number], whole=False)
         gathered = torch.zeros(2, end - start, dtype=torch.float64, device=self.ctx.device)
         gathered[0, positions - start] = nll.double()
         gathered[1].index_add_(0, positions - start, torch.ones_like(positions, dtype=torch.float64))
@@ -652,7 +653,11 @@ class Session:
 
     def _predict(self, begin: int, end: int) -> tuple[Prediction, Tensor]:
         """The block's distributions, and which of its targets this rank has; complete before a target is named."""
-        positions, logits = self._logits(begin, end)
+        with self.clock("model"):
+            positions, logits = self.reader.values(begin, end, self.known, self.chunks[self.number], whole=True)
+        if self.ctx.world_size == 1 and len(positions) < end - begin:  # the same shape as when all of it is known
+            logits = torch.cat((logits, logits.new_zeros(end - begin - len(positions), logits.size(1))))
+            positions = torch.arange(begin, end, device=self.ctx.device)
         with self.clock("experts"):
             at, mine = torch.arange(begin, end, device=self.ctx.device), positions - begin
             contexts = context_rows(self.tokens, at, self.mixture.context_length, self.evaluator.vocab_size)
@@ -934,7 +939,7 @@ class Evaluation:
         if self.seconds["compile"]:
             self.ctx.log(f"compiled in {self.seconds['compile']:.1f}s")
         cfg = self.cfg.eval
-        trace = self._score_first() if cfg.ttt_enabled or cfg.expert_names or cfg.invalid_cache or self.audit else None
+        trace = self._score_first() if cfg.ttt_mode != "off" or cfg.expert_names or cfg.invalid_cache or self.audit else None
         # Last, so that what counts is scored by a process that has not seen the text before.
         plain = self.evaluator.sliding(self.tokens)
         self.seconds["sliding"] = plain.seconds
@@ -966,7 +971,13 @@ class Evaluation:
     def _score_first(self) -> EvaluationTrace:
         """The pass that counts: TTT and experts, as far as they are on."""
         cfg, ctx = self.cfg.eval, self.ctx
-        if cfg.ttt_enabled:
+        if (trainer := self.evaluator.document_trainer) is not None:
+            trainable = sum(param.numel() for param in trainer.params) // trainer.lanes
+            ctx.log(
+                f"score-first TTT by document: AdamW lr {cfg.ttt_doc_lr:g}, LoRA of rank {cfg.ttt_doc_rank} on {cfg.ttt_doc_sites} of every layer "
+                f"call ({trainable:,} parameters a document), chunks of {cfg.ttt_doc_chunks}, {trainer.lanes} documents at once"
+            )
+        if cfg.ttt_mode == "stream":
             trainable = sum(param.numel() for param in self.evaluator.trainer.params)
             ctx.log(
                 f"score-first TTT: {cfg.ttt_optimizer} lr {cfg.ttt_lr:g} on {cfg.ttt_params} ({trainable:,} parameters), "
@@ -994,7 +1005,7 @@ class Evaluation:
             return scores
         assert trace.bytes_scored == plain.bytes_scored and int(trace.scored.sum()) == plain.tokens_scored
         scores |= {"val_loss": trace.val_loss, "val_bpb": trace.val_bpb, "invalid_cache": trace.invalid}
-        if self.cfg.eval.ttt_enabled:
+        if self.cfg.eval.ttt_mode != "off":
             scores["ttt_bpb"] = trace.bpb("neural_raw") if trace.series else trace.val_bpb
         if names := self.cfg.eval.expert_names:
             tables = {"contexts": trace.contexts_known, "refused": trace.contexts_refused, "bytes": trace.expert_bytes}

@@ -419,7 +419,11 @@ class EvalConfig(ExpertConfig):
     eval_stride: int = setting(64, "tokens scored per sliding window", low=1)
     eval_by_document: bool = setting(False, "score every document from its own first token, in training's validations too")
     eval_batch_seqs: int = setting(0, "windows a forward; 0: automatic", low=0)
-    ttt_enabled: bool = setting(True, "score-first test-time training after the plain sliding pass")
+    ttt_mode: str = setting(
+        "stream",
+        "score-first test-time training: of the model on the whole stream, of an adapter of its own for each document, or none",
+        choices=("off", "stream", "document"),
+    )
     ttt_optimizer: str = setting("sgd", "its optimizer", choices=("sgd", "adamw"))
     ttt_lr: float = setting(0.005, "its learning rate", low=0, high=1e30)
     ttt_momentum: float = setting(0.9, "SGD momentum", low=0, high=0.9999)
@@ -441,12 +445,55 @@ class EvalConfig(ExpertConfig):
     ttt_max_lr_mult: float = setting(
         3.0, "schedule adaptive: cosine times a factor rising from 1 to this over the first 30 % of chunks", low=1
     )
+    # --- TTT_MODE=document (parts/document_ttt.py)
+    ttt_doc_sites: str = setting(
+        "k,o,mlp,head",
+        "what has a LoRA in every layer call; o, mlp: beside the whole mixer, the whole MLP",
+        several=("q", "k", "v", "o", "mlp", "head"),
+    )
+    ttt_doc_rank: int = setting(80, "its rank", low=1, high=4096)
+    ttt_doc_alpha: float = setting(144.0, "its output is multiplied by this / TTT_DOC_RANK", low=0)
+    ttt_doc_lr: float = setting(1e-4, "AdamW, without momentum", low=0, high=1e6)
+    ttt_doc_beta2: float = setting(0.99, "AdamW", low=0, high=0.99999)
+    ttt_doc_wd: float = setting(1.0, "AdamW's weight decay", low=0)
+    ttt_doc_chunks: str = setting(
+        "8@256,24@2000,48",
+        "tokens scored before they are learned from, size@position in the document until which; the last one until its end",
+    )
+    ttt_doc_lanes: int = setting(0, "documents side by side; 0: automatic", low=0, high=4096)
     eval_tokens: int = setting(0, "evaluate the first n validation tokens only; 0: all", low=0)
     invalid_cache: bool = setting(False, "also report what the target-keyed cache formula, which is no probability, would claim")
     codec_streams: int = setting(
         0, "streams that codec.py codes in lockstep; 0: by the text's length, at most 256 on CUDA and 32 elsewhere", low=0, high=65536
     )
     audit_samples: int = setting(64, "positions whose full distribution the audit looks at", low=1)
+
+    @property
+    def by_document(self) -> bool:
+        """Whether every document is scored from its own first token."""
+        return self.eval_by_document or self.ttt_mode == "document"
+
+    @property
+    def document_chunks(self) -> list[tuple[int, float]]:
+        """(tokens a chunk, position until which) of TTT_DOC_CHUNKS in order; the last has no end. Multiples of 8: what a row of a matrix
+        product is, to the last bit, may depend on where in a block of rows it lies, and no document's scores shall depend on its row."""
+        stages: list[tuple[int, float]] = []
+        *parts, final = self.ttt_doc_chunks.replace(" ", "").split(",")
+        for part in (*parts, f"{final}@inf"):
+            match = re.fullmatch(r"(\d+)@(\d+|inf)", part)
+            if not match or int(match[1]) % 8 or not int(match[1]) or float(match[2]) <= (stages[-1][1] if stages else 0):
+                raise UserError(
+                    f"TTT_DOC_CHUNKS={self.ttt_doc_chunks} is not a list such as 8@256,24@2000,48 of multiples of 8 with rising positions"
+                )
+            stages.append((int(match[1]), float(match[2])))
+        return stages
+
+    def faults(self) -> Iterator[str]:
+        if self.ttt_mode == "document" and not self.ttt_doc_sites:
+            yield "TTT_MODE=document with TTT_DOC_SITES=none leaves nothing to train"
+        longest = max(size for size, _ in self.document_chunks)
+        if self.ttt_mode == "document" and self.eval_seq_len and longest > self.eval_seq_len:
+            yield f"TTT_DOC_CHUNKS={self.ttt_doc_chunks} has a chunk longer than the window EVAL_SEQ_LEN={self.eval_seq_len}"
 
 
 PARTS = {"run": RunConfig, "model": ModelConfig, "train": TrainConfig, "quant": QuantConfig, "eval": EvalConfig}
@@ -597,7 +644,8 @@ def read_preset(preset: str, records: Path | None = None) -> dict[str, tuple[str
 
 def known_settings(stored: Mapping) -> dict:
     """Of stored settings those that still are some: what an earlier version wrote may hold others."""
-    return {name: value for name, value in stored.items() if name in PART_OF}
+    former = {"ttt_mode": "stream" if stored["ttt_enabled"] else "off"} if "ttt_enabled" in stored else {}
+    return {name: value for name, value in {**former, **stored}.items() if name in PART_OF}
 
 
 def resolve_config(environ: Mapping[str, str], base: Mapping | None = None) -> Config:
@@ -648,6 +696,7 @@ FOREIGN = {
     "N_EMBD": "use MODEL_DIM",
     "XSA_LAST_N": "use XSA_LAYERS, a list such as 7-10",
     "TTT_CHUNK_SIZE": "use TTT_CHUNK_TOKENS",
+    "TTT_ENABLED": "use TTT_MODE: off, stream or document",
 }
 
 
@@ -1349,7 +1398,7 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, init: str = "orthogonal"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.adapter: nn.Module | None = None
+        self.adapter: Callable[[Tensor], Tensor] | None = None
         self.observer: Callable[[Tensor], None] | None = None
         self.fake_quantize: FakeQuantize | None = None
         if init == "orthogonal":
@@ -1371,6 +1420,13 @@ class Linear(nn.Module):
         return joint_linear(x, (self,), scale)[0]
 
 
+def adapted(y: Tensor, x: Tensor, adapter: Callable[[Tensor], Tensor] | None, scale: Tensor | None = None) -> Tensor:
+    """y, which something made of x, and what the adapter makes of the same x; `scale` [out] multiplies y already."""
+    if adapter is None:
+        return y
+    return y + (adapter(x) if scale is None else adapter(x) * scale.to(x.dtype))
+
+
 def joint_linear(x: Tensor, linears: Sequence[Linear], scale: Tensor | None = None) -> list[Tensor]:
     """The outputs of several linear layers that read the same x, as one matrix product."""
     for linear in linears:
@@ -1378,11 +1434,7 @@ def joint_linear(x: Tensor, linears: Sequence[Linear], scale: Tensor | None = No
             linear.observer(x)
     matrices = [linear.matrix(x.dtype, scale) for linear in linears]
     parts = F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0]).split([m.size(0) for m in matrices], -1)
-    for index, linear in enumerate(linears):
-        if linear.adapter is not None:
-            extra = linear.adapter(x)
-            parts = (*parts[:index], parts[index] + (extra if scale is None else extra * scale.to(x.dtype)), *parts[index + 1 :])
-    return list(parts)
+    return [adapted(part, x, linear.adapter, scale) for part, linear in zip(parts, linears)]
 
 
 class DecodeState:
@@ -1393,11 +1445,15 @@ class DecodeState:
     kernels on the same memory every time, which is what a CUDA graph can replay.
 
     rows: streams side by side, all at the same position. capacity: the longest text in tokens. piece: the longest forward once the text
-    has begun; the one that begins it may have any length. `begun = False` starts over with another text in the same memory.
+    has begun; the one that begins it may have any length. `begun = False` starts over with another text in the same memory; so does
+    `restart`, after which the first piece is like all others.
+
+    one_document: no stream has a second one. Then its text may go on beyond `capacity`, which is how many positions full attention sees, the
+    query's own included. With gradients enabled a piece is differentiable as far as it goes: what is remembered of earlier ones is constant.
     """
 
-    def __init__(self, rows: int, capacity: int, piece: int = 1, device: torch.device | str = "cpu"):
-        self.total, self.rows, self.capacity, self.piece = rows, slice(0, rows), capacity, piece
+    def __init__(self, rows: int, capacity: int, piece: int = 1, device: torch.device | str = "cpu", one_document: bool = False):
+        self.total, self.rows, self.capacity, self.piece, self.one_document = rows, slice(0, rows), capacity, piece, one_document
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.slots: dict[tuple, Tensor] = {}
         self.begun = False
@@ -1408,8 +1464,23 @@ class DecodeState:
             self.slots[key] = like.new_zeros(self.total, *like.shape[1:])
         return self.slots[key][self.rows]
 
+    def reach(self, window: int) -> tuple[int, int]:
+        """(keys that a query sees, 0: all; slots of the cache) of attention over `window` keys, 0: full."""
+        if self.one_document:
+            window = min(window or self.capacity, self.capacity)
+            return window, -(-(window - 1 + self.piece) // 8) * 8  # a mask whose rows are aligned
+        return window, min(self.capacity, window - 1 + self.piece) if window else self.capacity
+
     def advance(self, length: int) -> None:
         self.position.copy_(self.position * self.begun + length)
+        self.begun = True
+
+    def restart(self) -> None:
+        """Position 0 of another text, in memory that a forward has laid out."""
+        for memory in (self.position, *self.slots.values()):
+            memory.zero_()
+        self.slots["begins",].fill_(True)
+        self.slots["ids",].fill_(BOS_ID)
         self.begun = True
 
     def narrow(self, first: int, last: int) -> DecodeState:
@@ -1443,7 +1514,10 @@ class ForwardContext:
     masks: dict[tuple, Tensor] = field(default_factory=dict)  # of caches, by what decides them
 
     def recall(self, name: str) -> Tensor | None:
-        return self.state.slots[self.call, name][self.state.rows] if self.goes_on else None
+        if not self.goes_on:
+            return None
+        value = self.state.slots[self.call, name][self.state.rows]
+        return value.clone() if torch.is_grad_enabled() else value  # the memory is written again before the backward
 
     def remember(self, name: str, value: Tensor) -> None:
         if self.state is not None:
@@ -1460,18 +1534,19 @@ class ForwardContext:
     def cache(self, k: Tensor, v: Tensor, window: int, sink: Tensor | None) -> tuple[Tensor, Tensor]:
         """Write k, v [B,T,Hkv,D] to this call's caches and return those [B,Hkv,S,D]: position p is in slot p mod (S without the sink's)."""
         state, length = self.state, k.size(1)
-        size = min(state.capacity, window - 1 + state.piece) if window else state.capacity
+        _, size = state.reach(window)
         kept = min(length, size)
         slots = torch.arange(length - kept, length, device=k.device)
         slots = (slots + state.position if self.goes_on else slots) % size
         caches = []
         for name, x in (("k", k), ("v", v)):
-            x = x.detach().transpose(1, 2)
+            x = x.transpose(1, 2)[:, :, length - kept :]
             memory = state.slot((self.call, name), x[:, :, :1].expand(-1, -1, size + (sink is not None), -1))
-            memory.index_copy_(2, slots, x[:, :, length - kept :])
-            caches.append(memory)
+            caches.append(memory.index_copy(2, slots, x) if torch.is_grad_enabled() else memory)
+            memory.index_copy_(2, slots, x.detach())
         if sink is not None:  # the last slot; its value stays zero
-            caches[0][:, :, size] = sink.detach().to(k.dtype)
+            for cache in (caches[0], state.slots[self.call, "k"][state.rows]):
+                cache[:, :, size] = sink.detach().to(k.dtype)
         return caches[0], caches[1]
 
     def cache_mask(self, length: int, window: int, size: int, sink: bool) -> Tensor:
@@ -1480,6 +1555,7 @@ class ForwardContext:
         if key not in self.masks:
             ring, first = size - sink, self.state.position
             last = first + length - 1
+            window, _ = self.state.reach(window)
             slot = torch.arange(ring, device=first.device)
             held = last - (last - slot) % ring  # the latest position that a slot can hold
             query = first + torch.arange(length, device=first.device)[:, None]
@@ -1736,7 +1812,16 @@ class MLP(nn.Module):
         return self.proj(kernels.squared_activation(self.fc(x), self.act), scale)
 
 
-def output_head(x: Tensor, norm: nn.Module, weight: Tensor, targets: Tensor | None, cap: float, reduction: str, fused: bool) -> Tensor:
+def output_head(
+    x: Tensor,
+    norm: nn.Module,
+    weight: Tensor,
+    targets: Tensor | None,
+    cap: float,
+    reduction: str,
+    fused: bool,
+    adapter: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Softcapped logits of norm(x), x [B,n,C] or the two lanes [2,B,n,C], over the tied embedding [V,C]; with targets [B,n] their cross-entropy in nats.
 
     Training multiplies in x's dtype. Scores and distributions multiply in float32 (TF32 on CUDA): a bf16 logit of 20 is rounded to 1/8, which
@@ -1745,9 +1830,9 @@ def output_head(x: Tensor, norm: nn.Module, weight: Tensor, targets: Tensor | No
     x = norm(x.mean(0) if x.dim() == 4 else x)
     if targets is None or reduction != "mean":
         x = x.float()
-    elif fused and cap <= kernels.LARGEST_CAP and torch.is_grad_enabled():
+    elif fused and cap <= kernels.LARGEST_CAP and torch.is_grad_enabled() and adapter is None:
         return kernels.softcap_cross_entropy(x, weight.to(x.dtype), targets, cap)
-    logits = softcap(F.linear(x, weight.to(x.dtype)).float(), cap)
+    logits = softcap(adapted(F.linear(x, weight.to(x.dtype)), x, adapter).float(), cap)
     if targets is None:
         return logits
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
@@ -1765,6 +1850,8 @@ class Block(nn.Module):
         super().__init__()
         dim = cfg.model_dim
         self.mixer, self.mlp = mixer, MLP(cfg)
+        self.mixer_adapter: Callable[[Tensor], Tensor] | None = None  # beside the whole mixer, and the whole MLP
+        self.mlp_adapter: Callable[[Tensor], Tensor] | None = None
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         self.mixer_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.parallel = 0 <= cfg.parallel_start <= layer
@@ -1782,12 +1869,18 @@ class Block(nn.Module):
         x_in = mix[0] * lanes[0] + mix[1] * x0
         normed = rms_norm(x_in) * scale
         if self.lanes == 2:
-            mixed = self.mixer(normed, ctx, self.mixer_scale)
-            hidden = self.mlp(rms_norm(lanes[1]) * scale, ctx, self.mlp_scale)
+            mixed = self._mixed(normed, ctx)
+            hidden = self._hidden(rms_norm(lanes[1]) * scale, ctx)
             keep, write = self.lane_keep.to(x.dtype), self.lane_write.to(x.dtype)
             return torch.stack([keep[n] * lanes[n] + write[0, n] * mixed + write[1, n] * hidden for n in range(2)])
-        x = x_in + self.mixer(normed, ctx, self.mixer_scale)
-        return x + self.mlp(normed if self.parallel else rms_norm(x) * scale, ctx, self.mlp_scale)
+        x = x_in + self._mixed(normed, ctx)
+        return x + self._hidden(normed if self.parallel else rms_norm(x) * scale, ctx)
+
+    def _mixed(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return adapted(self.mixer(x, ctx, self.mixer_scale), x, self.mixer_adapter, self.mixer_scale)
+
+    def _hidden(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return adapted(self.mlp(x, ctx, self.mlp_scale), x, self.mlp_adapter, self.mlp_scale)
 
 
 class Skip(NamedTuple):
@@ -1837,6 +1930,8 @@ class GPT(nn.Module):
         self.skip_gates = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in range(skips))
         self.final_norm = FinalNorm()
         self.eval_hash: HashEmbedding | None = None  # attached by test-time training
+        self.head_adapter: Callable[[Tensor], Tensor] | None = None
+        self.before_layer: Callable[[int, Block], None] | None = None  # told each layer call: recurrence calls a block several times
         self.regions = Regions()
         scales = [1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0 for layer in range(layers)]
         self.register_buffer("norm_scales", torch.tensor(scales), persistent=False)
@@ -1861,6 +1956,7 @@ class GPT(nn.Module):
         begins = document_starts(ids, span)
         goes_on = state is not None and state.begun
         if goes_on:
+            begins[:, 0] |= state.position == 0
             begins = torch.cat((state.slots["begins",][state.rows], begins), 1)
             extended = torch.cat((state.slots["ids",][state.rows], ids), 1)
         else:
@@ -1870,7 +1966,7 @@ class GPT(nn.Module):
         positions = torch.arange(length, device=ids.device)
         positions = positions + state.position if goes_on else positions
         documents = None
-        if cfg.document_mask:
+        if cfg.document_mask and not (state is not None and state.one_document):
             documents = begins[:, back:].int().cumsum(1, dtype=torch.int32)
             if state is not None:
                 numbers = state.slot(("documents",), documents[:, :1].expand(-1, state.capacity))
@@ -1925,7 +2021,8 @@ class GPT(nn.Module):
         x = x[..., -score_last:, :] if score_last else x
         targets = target_ids[:, -score_last:] if score_last and target_ids is not None else target_ids
         head = self.regions.head
-        return head(x, self.final_norm, self.tok_emb.weight, targets, self.cfg.logit_softcap, reduction, self.kernels.fused)
+        weight, cap, fused = self.tok_emb.weight, self.cfg.logit_softcap, self.kernels.fused
+        return head(x, self.final_norm, weight, targets, cap, reduction, fused, self.head_adapter)
 
     def embed(self, input_ids: Tensor, previous: list[Tensor], ctx: ForwardContext) -> Tensor:
         """The residual stream's start [B,T,C]: token and hashed n-gram embeddings, normalized, then smeared."""
@@ -1947,6 +2044,8 @@ class GPT(nn.Module):
         half, kept = len(order) // 2, []
         for call, layer in enumerate(order):
             ctx.call = call
+            if self.before_layer is not None:
+                self.before_layer(call, self.blocks[layer])
             skip = None
             if cfg.unet_skips and call >= half and kept:
                 skip = Skip(kept.pop(), self.skip_weights[call - half], self.skip_gates[call - half])
@@ -2445,7 +2544,7 @@ def evaluate(
     if len(tokens) < 2:
         raise UserError("the validation split has fewer than two tokens: nothing to score")
     began, targets, tokens = time.perf_counter(), len(tokens) - 1, tokens.to(ctx.device)
-    windows = document_windows(tokens, seq_len, stride) if cfg.eval_by_document else plan_windows(targets, seq_len, stride)
+    windows = document_windows(tokens, seq_len, stride) if cfg.by_document else plan_windows(targets, seq_len, stride)
     # Sums are taken over the gathered scores: they do not depend on the number of ranks.
     nll, times = torch.zeros(2, targets, device=ctx.device)
     mine, batch = windows[ctx.rank :: ctx.world_size], eval_batch_size(cfg, seq_len, ctx.device)

@@ -72,6 +72,9 @@ class Ledger:
 
     nll float64 [N]: the loss that counts, nats (NaN: never scored). coverage int32 [N]: times scored. scored_step, first_use int64
     [N]: the event of the last scoring, the event of the first fit or count that saw the target (NEVER if none did).
+
+    Where experts follow a model that learns document by document, a model's own distribution is final (`fix`) and learned from (`fit`) before
+    the mixture's score is booked: fixed_step, first_fit int64 [N] are those events.
     """
 
     def __init__(self, num_targets: int):
@@ -79,6 +82,8 @@ class Ledger:
         self.coverage = torch.zeros(num_targets, dtype=torch.int32)
         self.scored_step = torch.full((num_targets,), -1, dtype=torch.int64)
         self.first_use = torch.full((num_targets,), NEVER, dtype=torch.int64)
+        self.fixed_step = torch.full((num_targets,), -1, dtype=torch.int64)
+        self.first_fit = torch.full((num_targets,), NEVER, dtype=torch.int64)
         self.events = 0
         self.uses: dict[str, int] = {}
 
@@ -91,7 +96,19 @@ class Ledger:
 
     def use(self, positions: Tensor | slice, by: str) -> None:
         """Something (`by`: "fit", "counts", ...) is about to see these targets."""
-        self.first_use[positions] = self.first_use[positions].clamp_max(self.events)
+        self._use(self.first_use, positions, by)
+
+    def fix(self, positions: Tensor | slice) -> None:
+        """The model's own distributions of these targets are final."""
+        self.fixed_step[positions] = self.events
+        self.events += 1
+
+    def fit(self, positions: Tensor | slice, by: str) -> None:
+        """The model, whose distributions of these targets are final, is about to learn from them."""
+        self._use(self.first_fit, positions, by)
+
+    def _use(self, first: Tensor, positions: Tensor | slice, by: str) -> None:
+        first[positions] = first[positions].clamp_max(self.events)
         self.uses[by] = self.uses.get(by, 0) + len(self.nll[positions])
         self.events += 1
 
@@ -204,8 +221,9 @@ def check_documents(replica: Replica | None, tokens: Tensor, trace: Trace, bos_i
 def check_score_before_update(trace: Trace) -> Check:
     """No target was scored after, or while, something was fitted on it."""
     ledger = trace.ledger
-    used = ledger.first_use < NEVER
-    late = used & (ledger.scored_step >= ledger.first_use)
+    used = (ledger.first_use < NEVER) | (ledger.first_fit < NEVER)
+    unfixed = (ledger.first_fit < NEVER) & ((ledger.fixed_step < 0) | (ledger.fixed_step >= ledger.first_fit))
+    late = (used & (ledger.scored_step >= ledger.first_use)) | unfixed
     figure = f"{int(late.sum()):,} of {int(used.sum()):,} used targets scored after their first use"
     uses = ", ".join(f"{by} of {count:,} targets" for by, count in ledger.uses.items()) or "nothing was fitted or counted"
     return Check("score before update", FAIL if late.any() else PASS, figure, f"ledger of {ledger.events:,} events: {uses}")

@@ -193,7 +193,7 @@ def test_lockstep_is_the_parallel_forward(kind):
     """Each step's rows against the model over that step's whole window: steps, refills in parts, streams of unequal length."""
     tokens = documents(110)
     streams = Streams.cut(tokens, 4)
-    tested = lockstep(streams, eval_seq_len=16, eval_stride=5, ttt_enabled=False, eval_batch_seqs=3, **KINDS[kind])
+    tested = lockstep(streams, eval_seq_len=16, eval_stride=5, ttt_mode="off", eval_batch_seqs=3, **KINDS[kind])
     table = torch.from_numpy(streams.deal(tokens))
     inputs = torch.cat((torch.full((4, 1), BOS_ID), table), 1)
     for t in range(tested.steps):
@@ -217,11 +217,11 @@ def test_one_stream_scores_as_the_evaluation_does():
 
 
 FORMS = {
-    "model": (4, dict(ttt_enabled=False)),
-    "by document": (4, dict(ttt_enabled=False, eval_by_document=True)),
+    "model": (4, dict(ttt_mode="off")),
+    "by document": (4, dict(ttt_mode="off", eval_by_document=True)),
     "TTT": (4, dict(ttt_chunk_tokens=32)),
     "Polyak, LoRA, AdamW": (4, dict(ttt_chunk_tokens=32, ttt_polyak=0.5, ttt_params="lora", ttt_optimizer="adamw", ttt_byte_weighted=True)),
-    "experts": (4, dict(ttt_enabled=False, experts="tilt,ngram,calibration", expert_block_tokens=20)),
+    "experts": (4, dict(ttt_mode="off", experts="tilt,ngram,calibration", expert_block_tokens=20)),
     "everything": (4, dict(ttt_chunk_tokens=32, ttt_hash_buckets=32, experts="tilt,ngram,entropy,cache", expert_mixer="hedge")),
     "everything, one stream": (1, dict(ttt_chunk_tokens=32, experts="tilt,ngram")),
     "a token a stream": (99, dict(ttt_chunk_tokens=32, experts="tilt,ngram")),
@@ -255,7 +255,7 @@ def test_documents_scored_from_their_own_first_token_do_not_see_each_other():
     for text in (tokens, other):
         streams = Streams.cut(text, 1)
         rows.append([])
-        tested = lockstep(streams, ttt_enabled=False, eval_by_document=True, eval_seq_len=64)
+        tested = lockstep(streams, ttt_mode="off", eval_by_document=True, eval_seq_len=64)
         transmit(tested, Channel(), streams.deal(text), keep(rows[-1]), lambda count: None)
     same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(*rows)]
     assert all(same[second:]) and not any(same[1 : second - 1])
@@ -447,7 +447,7 @@ def test_a_gpu_finds_its_own_bits_again(kind):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
     assert 32 * len(runs[0][0]) < 1.001 * bits + 64
     tested = Lockstep(
-        model, config(**{**changes, "experts": "", "ttt_enabled": False}), byte_table(), RunContext(device=torch.device("cuda")), streams
+        model, config(**{**changes, "experts": "", "ttt_mode": "off"}), byte_table(), RunContext(device=torch.device("cuda")), streams
     )
     inputs = torch.cat((torch.full((8, 1), BOS_ID), torch.from_numpy(table)), 1).cuda()
     for t in range(40):

@@ -81,7 +81,7 @@ def test_chunks_cover_every_target_once_in_order():
         assert all(c.end - c.start <= 64 for c in chunks)
         if reset:  # a document starts a chunk, and only there is everything forgotten
             assert {c.start for c in chunks if c.fresh} == {i for i in range(n - 1) if tokens[i] == BOS_ID}
-    assert plan_chunks(stream(500), config(ttt_enabled=False).eval) == [Chunk(0, 499)]
+    assert plan_chunks(stream(500), config(ttt_mode="off").eval) == [Chunk(0, 499)]
 
 
 def test_schedules():
@@ -170,7 +170,7 @@ def test_only_the_chosen_parameters_move(params, freeze, moves):
 def test_reset_per_document_forgets():
     """The first chunk of each document is scored with the artifact's weights, later ones with what was learned inside the document."""
     tokens, cfg = stream(300), config(ttt_reset_per_doc=True, ttt_chunk_tokens=16)
-    learned, static = evaluator(cfg).run(tokens).ledger.nll, evaluator(config(ttt_enabled=False)).run(tokens).ledger.nll
+    learned, static = evaluator(cfg).run(tokens).ledger.nll, evaluator(config(ttt_mode="off")).run(tokens).ledger.nll
     chunks = plan_chunks(tokens, cfg.eval)
     assert sum(chunk.fresh for chunk in chunks) > 3 and sum(not chunk.fresh for chunk in chunks) > 3
     for chunk in chunks:
@@ -273,11 +273,13 @@ class InProcess:
 PIECEWISE = [
     dict(**WITH_EXPERTS, ttt_polyak=0.5, ttt_hash_buckets=32),
     dict(**WITH_EXPERTS, ttt_chunk_tokens=50, expert_block_tokens=37, eval_batch_seqs=1),  # no size a multiple of another
-    dict(ttt_enabled=False, document_mask=True),
+    dict(ttt_mode="off", document_mask=True),
     dict(ttt_reset_per_doc=True, ttt_chunk_tokens=20, document_mask=True),
-    dict(ttt_enabled=False, experts="tilt,ngram", expert_block_tokens=512, eval_stride=24),
+    dict(ttt_mode="off", experts="tilt,ngram", expert_block_tokens=512, eval_stride=24),
     dict(eval_by_document=True, ttt_reset_per_doc=True, ttt_chunk_tokens=33),
     dict(**WITH_EXPERTS, eval_by_document=True, eval_batch_seqs=1),
+    dict(ttt_mode="document", ttt_doc_chunks="8@16,16", ttt_doc_lr=0.02, ttt_doc_lanes=3),
+    dict(**WITH_EXPERTS, ttt_mode="document", ttt_doc_chunks="16", ttt_doc_lr=0.02, ttt_doc_lanes=2, expert_block_tokens=23),
 ]
 
 
@@ -325,7 +327,7 @@ def test_the_whole_pipeline_passes_its_audit():
     assert audit.check_documents(None, tokens, trace).verdict == NOT_CHECKED and not tested.documents_independent
 
 
-@pytest.mark.parametrize("form", [dict(ttt_enabled=False), dict(ttt_reset_per_doc=True, ttt_chunk_tokens=16, ttt_lr=0.1)], ids=str)
+@pytest.mark.parametrize("form", [dict(ttt_mode="off"), dict(ttt_reset_per_doc=True, ttt_chunk_tokens=16, ttt_lr=0.1)], ids=str)
 def test_masked_documents_are_independent_and_a_smear_across_them_is_found(form):
     cfg, tokens = config(document_mask=True, **form), stream(260)
     for leaky in (False, True):
@@ -341,7 +343,7 @@ def test_masked_documents_are_independent_and_a_smear_across_them_is_found(form)
 
 def test_a_future_leak_in_the_model_fails_the_audit():
     """The audit examines the evaluation itself: a leak inside the network is found through it."""
-    cfg = config(ttt_enabled=False)
+    cfg = config(ttt_mode="off")
     model = randomized(cfg)
     # Sequence as [B,T,C]: adding a mean over time shows every position the whole window.
     model.blocks[0].register_forward_hook(lambda module, inputs, output: output + 0.1 * output.mean(1, keepdim=True))

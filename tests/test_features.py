@@ -31,7 +31,7 @@ def holds(setting: str, preset: str) -> bool:
         return match[1] in cfg[match[2].lower()].split(",")
     name, equals, value = setting.partition("=")
     assert equals and name.lower() in T.PART_OF, f"{setting!r} is not a setting"
-    if name.startswith("TTT_") and name != "TTT_ENABLED" and not cfg.eval.ttt_enabled:
+    if name.startswith("TTT_") and name != "TTT_MODE" and cfg.eval.ttt_mode == "off":
         return False  # a default that nothing reads
     try:
         changed = T.resolve_config({"PRESET": preset, name: value})

@@ -128,7 +128,7 @@ def test_a_stretch_of_a_large_training_shard_does_not_change_unseen(tmp_path, pa
 
 def test_a_score_on_other_validation_data_says_so(run, dataset, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
-    command(eval_ttt, folder, DATA_PATH=other_validation(dataset, tmp_path), DEVICE="cpu", TTT_ENABLED=0, EVAL_TOKENS=0)
+    command(eval_ttt, folder, DATA_PATH=other_validation(dataset, tmp_path), DEVICE="cpu", TTT_MODE="off", EVAL_TOKENS=0)
     assert "are not those the run was validated on" in capsys.readouterr().out
     command(Q, "bundle", folder, "--out", tmp_path / "submission", "--despite", "no-audit")
     assert "the score is on other validation shards" in capsys.readouterr().out

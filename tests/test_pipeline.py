@@ -157,10 +157,10 @@ def test_the_evaluation_is_complete_valid_and_the_presets_own(pipeline):
     assert result["bytes_model"] == (pipeline.folder / "artifact.bin").stat().st_size
     # The last stage is the score; at this size it stays near the plain one, or beats it.
     assert math.isfinite(result["val_bpb"]) and result["val_bpb"] < result["sliding_bpb"] + 0.02
-    assert (result["ttt_bpb"] is not None) == cfg.eval.ttt_enabled and (result["experts_bpb"] is not None) == bool(cfg.eval.experts)
+    assert (result["ttt_bpb"] is not None) == (cfg.eval.ttt_mode != "off") and (result["experts_bpb"] is not None) == bool(cfg.eval.experts)
     last = next(result[key] for key in ("experts_bpb", "ttt_bpb", "sliding_bpb") if result[key] is not None)
     assert result["val_bpb"] == pytest.approx(last, abs=1e-6)
-    if cfg.eval.ttt_enabled:
+    if cfg.eval.ttt_mode != "off":
         assert len(result["chunk_losses"]) == 3 and result["ttt_bpb"] != result["sliding_bpb"]
     if cfg.eval.experts:
         assert set(result["experts"]) == set(cfg.eval.experts.split(","))
@@ -174,7 +174,7 @@ def test_the_evaluation_is_complete_valid_and_the_presets_own(pipeline):
 
 def test_what_learns_while_testing_is_what_the_preset_names(pipeline):
     cfg, trainer = pipeline.cfg, pipeline.evaluator.trainer
-    assert (trainer is not None) == cfg.eval.ttt_enabled
+    assert (trainer is not None) == (cfg.eval.ttt_mode != "off")
     if trainer is None:
         return
     assert type(trainer.optimizer).__name__.lower() == cfg.eval.ttt_optimizer
