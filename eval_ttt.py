@@ -947,7 +947,8 @@ class Evaluation:
         result = {**self._scores(plain, trace), **self._sizes(), **self.circumstances()}
         if (result["ttt_bpb"] or 0.0) > plain.val_bpb + WORSE_BPB:
             worse = f"{result['ttt_bpb']:.4f} with it, {plain.val_bpb:.4f} without"
-            self.ctx.log(f"warning: test-time training made the score worse: {worse}; lower TTT_LR={cfg.ttt_lr:g}, or set TTT_ENABLED=0")
+            rate = f"TTT_DOC_LR={cfg.ttt_doc_lr:g}" if cfg.ttt_mode == "document" else f"TTT_LR={cfg.ttt_lr:g}"
+            self.ctx.log(f"warning: test-time training made the score worse: {worse}; lower {rate}, or set TTT_MODE=off")
         result["chunk_losses"] = trace.chunks if trace else None
         result["audit"] = self._audit(trace) if self.audit else None
         self.seconds["total"] = time.perf_counter() - self.began

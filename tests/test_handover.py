@@ -66,15 +66,15 @@ def test_a_score_of_other_settings_stays(run, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     first, log = (folder / "eval.json").read_bytes(), (folder / "eval.log").read_text()
     assert "val_bpb:" in log and "wrote " in log
-    command(eval_ttt, folder / "artifact.bin", TTT_ENABLED=0)
-    assert "eval.json was the score of TTT_ENABLED=True: kept as eval.1.json" in capsys.readouterr().out
+    command(eval_ttt, folder / "artifact.bin", TTT_MODE="off")
+    assert "eval.json was the score of TTT_MODE=stream: kept as eval.1.json" in capsys.readouterr().out
     assert (folder / "eval.1.json").read_bytes() == first and (folder / "eval.1.log").read_text() == log
-    assert "  env: TTT_ENABLED=0" in (folder / "eval.log").read_text()
+    assert "  env: TTT_MODE=off" in (folder / "eval.log").read_text()
     second = (folder / "eval.json").read_bytes()
-    command(eval_ttt, folder, "--out", tmp_path / "scores" / "wide.json", TTT_ENABLED=0, EVAL_STRIDE=32)
+    command(eval_ttt, folder, "--out", tmp_path / "scores" / "wide.json", TTT_MODE="off", EVAL_STRIDE=32)
     assert json.loads((tmp_path / "scores" / "wide.json").read_text())["config"]["eval_stride"] == 32
     assert (tmp_path / "scores" / "wide.log").exists() and (folder / "eval.json").read_bytes() == second
-    command(eval_ttt, folder, TTT_ENABLED=0)  # the same again: replaced, nothing piles up
+    command(eval_ttt, folder, TTT_MODE="off")  # the same again: replaced, nothing piles up
     assert sorted(path.name for path in folder.glob("eval.*.json")) == ["eval.1.json"]
     capsys.readouterr()
     command(Q, folder, MATRIX_BITS=5)
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(run, monkeypat
     with pytest.raises(T.UserError, match="run cannot be written"):
         command(Q, run)
     before = (run / "eval.json").read_bytes()
-    command(eval_ttt, run, TTT_ENABLED=0)
+    command(eval_ttt, run, TTT_MODE="off")
     assert "cannot be written: the score will be printed only" in capsys.readouterr().out
     assert (run / "eval.json").read_bytes() == before and not (run / "eval.previous.json").exists()
 
