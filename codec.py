@@ -1,10 +1,12 @@
 """A model as a lossless compressor: the evaluation, written down as a file that gives the text back, byte for byte.
 
-    python codec.py compress runs/<RUN_ID>/artifact.bin TEXT OUT         any file, or .jsonl with a document a line ("text")
+    python codec.py compress runs/<RUN_ID> TEXT OUT                      any file, or .jsonl with a document a line ("text"); the artifact
+                                                                         may be named itself, too
     python codec.py decompress OUT TEXT [--artifact ARTIFACT]            the artifact is looked for by its hash if it is not named
-    python codec.py prove runs/<RUN_ID>/artifact.bin                     the validation split there and back; what `eval_ttt.py --prove` runs
-    python codec.py compare TEXT [ARTIFACT]                              the same text under xz, zstd and brotli
-    TTT_MODE=off EXPERTS=none python codec.py compress ...              evaluation settings are environment variables, kept in the file
+    python codec.py prove runs/<RUN_ID> [--out EVAL.json]                the validation split there and back; what `eval_ttt.py --prove` runs
+    python codec.py text OUT.jsonl                                       the validation split of DATA_PATH as `prove` compresses it
+    python codec.py compare TEXT [ARTIFACT]                              the same text under xz, zstd, brotli and what else is installed
+    TTT_MODE=off EXPERTS=none python codec.py compress ...               evaluation settings are environment variables, kept in the file
 
 Bits per byte claim what a code could do. Here the code is written: 8 × file bytes / text bytes is a score that leaves nothing to believe,
 for whoever can decode the text has not looked at it. The probabilities are the evaluation's own: the model under sliding windows,
@@ -37,14 +39,13 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import brotli
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import case_ops
 from data.shards import BOS_ID, SPACE, ByteTable, list_shards, load_tokenizer, tokenizer_hash
@@ -53,6 +54,7 @@ from parts import packing
 from parts.artifact import load_artifact
 from parts.experts import ExpertMixture
 from parts.files import UserError, atomic_write, cli, read_json, sha256_file, write_json
+from parts.runs import artifact_file
 from parts.sandbox import own_caches
 from train_gpt import (
     GPT,
@@ -611,12 +613,6 @@ class Session:
         return Lockstep(self.model, self.cfg, self.byte_table, self.ctx, streams)
 
 
-@contextlib.contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    with tqdm(total=total, desc=label, unit=" tokens", unit_scale=True, disable=None, smoothing=0.05) as bar:
-        yield bar.update
-
-
 def probed(t: int, lockstep: Lockstep) -> bool:
     """Steps whose probabilities the file holds a checksum of: an early one, and the first after the weights have trained."""
     return t in (min(63, lockstep.steps - 1), lockstep.chunk_steps if lockstep.trainer else -1)
@@ -639,7 +635,7 @@ def compress(path: Path, source: Path, target: Path) -> dict:
     lockstep, channel, probes = session.lockstep(streams), Channel(), []
     streams.write(channel)
     began = time.perf_counter()
-    with progress_bar(int(streams.targets.sum()), "compressing") as progress:
+    with session.ctx.progress("compressing", int(streams.targets.sum())) as progress:
         probe = lambda t, probs: probes.append(checksum(probs)) if probed(t, lockstep) else None
         _, cost = transmit(lockstep, channel, streams.deal(tokens), probe, progress)
     seconds = time.perf_counter() - began
@@ -698,7 +694,7 @@ def decompress(source: Path, target: Path, path: Path | None) -> dict:
                 raise UserError(f"{source}: other probabilities at step {t} than when it was written: other code or another machine")
 
         began = time.perf_counter()
-        with progress_bar(int(streams.targets.sum()), "decompressing") as progress:
+        with session.ctx.progress("decompressing", int(streams.targets.sum())) as progress:
             table, _ = transmit(lockstep, channel, None, probe, progress)
         seconds = time.perf_counter() - began
         data = join_documents(split_tokens(streams.collect(table), session.spelling), header["layout"])
@@ -739,14 +735,10 @@ def prove(path: Path) -> dict:
     """
     header, _ = packing.read_header(path.read_bytes(), str(path))
     cfg = resolve_config(os.environ, base=header["config"])
-    tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens).numpy()
-    if tokens[0] != BOS_ID:
-        tokens = np.concatenate(([BOS_ID], tokens))
-    documents = split_tokens(tokens, Spelling(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)))
     with tempfile.TemporaryDirectory(prefix="proof_") as folder:
         text, cell = Path(folder) / "text" / "validation.jsonl", Path(folder) / "cell"
         text.parent.mkdir()
-        text.write_bytes(b"".join(b'{"text": ' + _json_string(document, 0) + b"}\n" for document in documents))
+        text.write_bytes(validation_text(cfg))
         coded = cell / "coded"
         copy_code(cell / "code")
         figures = compress(path, text, coded)
@@ -778,6 +770,15 @@ def prove(path: Path) -> dict:
             "artifact_sha256": sha256_file(path),
         },
     }
+
+
+def validation_text(cfg: Config) -> bytes:
+    """The validation split as JSON lines, a document a line."""
+    tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens).numpy()
+    if tokens[0] != BOS_ID:
+        tokens = np.concatenate(([BOS_ID], tokens))
+    documents = split_tokens(tokens, Spelling(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)))
+    return b"".join(b'{"text": ' + _json_string(document, 0) + b"}\n" for document in documents)
 
 
 def copy_code(folder: Path) -> None:
@@ -813,6 +814,34 @@ def run_apart(command: Sequence[str], cell: Path, secret: Sequence[Path], **sett
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Programs that are tried where they are installed, at their strongest settings for text: name -> command, which writes `out` from `text`.
+PROGRAMS = {
+    "bzip3 -b 16": "bzip3 -e -f -b 16 text out",
+    "7z PPMd, order 8": "7z a -t7z -m0=PPMd:o=8:mem=1g -mmt=1 out text",
+    "7z PPMd, order 12": "7z a -t7z -m0=PPMd:o=12:mem=1g -mmt=1 out text",
+    "7z PPMd, order 16": "7z a -t7z -m0=PPMd:o=16:mem=1g -mmt=1 out text",
+    "lrzip -z -L 9": "lrzip -z -L 9 -p 1 -o out text",
+    "zpaq -m5": "zpaq a out text -m5 -t1",
+}
+
+
+def installed_compressors(data: bytes) -> dict[str, int]:
+    """Bytes under those of PROGRAMS that are here. What appends a suffix of its own to `out` is found all the same."""
+    sizes = {}
+    for name, command in PROGRAMS.items():
+        program, *arguments = command.split()
+        if not shutil.which(program):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "text").write_bytes(data)
+            done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True)
+            written = list(Path(folder).glob("out*"))
+            if done.returncode or len(written) != 1:
+                raise UserError(f"`{command}` failed: {done.stderr.strip()[-200:]}")
+            sizes[name] = written[0].stat().st_size
+    return sizes
+
+
 def other_compressors(data: bytes) -> dict[str, int]:
     """Bytes of the same text under the strongest settings of general compressors."""
     import lzma
@@ -824,6 +853,7 @@ def other_compressors(data: bytes) -> dict[str, int]:
         "xz -9e": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
         "zstd --ultra -22 --long": len(zstandard.ZstdCompressor(compression_params=window).compress(data)),
         "brotli -q 11 -w 24": len(brotli.compress(data, quality=11, lgwin=24)),
+        **installed_compressors(data),
     }
 
 
@@ -844,7 +874,8 @@ def compare(source: Path, path: Path | None) -> list[str]:
 # Command
 # ----------------------------------------------------------------------------------------------------------------------
 
-USAGE = "usage: python codec.py compress ARTIFACT TEXT OUT | decompress OUT TEXT [--artifact ARTIFACT] | prove ARTIFACT | compare TEXT [ARTIFACT]"
+USAGE = """usage: python codec.py compress runs/<RUN_ID>|ARTIFACT TEXT OUT | decompress OUT TEXT [--artifact ARTIFACT]
+       | prove ARTIFACT [--out EVAL.json] | text OUT.jsonl | compare TEXT [ARTIFACT]"""
 
 
 def existing(name: str) -> Path:
@@ -853,10 +884,10 @@ def existing(name: str) -> Path:
     return Path(name)
 
 
-def prove_command(path: Path) -> int:
-    """Report the proof, and add it to the eval.json beside the artifact."""
+def prove_command(path: Path, evaluation: Path) -> int:
+    """Report the proof, and add it to the score."""
     result = prove(path)
-    proof, evaluation = result["proof"], path.with_name("eval.json")
+    proof = result["proof"]
     shut = " and ".join(name for name in ("files", "network") if proof["apart"].get(name)) or "nothing"
     print(
         f"val_bpb_file:{result['val_bpb_file']:.6f} bytes_file:{result['bytes_file']:,} of {proof['text_bytes']:,} bytes of text "
@@ -875,16 +906,19 @@ def main() -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    named = None
-    if "--artifact" in arguments:
-        place = arguments.index("--artifact")
-        if place + 1 == len(arguments):
-            raise UserError(USAGE)
-        named = existing(arguments.pop(place + 1))
-        arguments.pop(place)
-    verb, *names = arguments
-    if verb == "compress" and len(names) == 3 and not named:
-        figures = compress(existing(names[0]), existing(names[1]), Path(names[2]))
+    options = {}
+    for option in ("--artifact", "--out"):
+        if option in arguments:
+            place = arguments.index(option)
+            if place + 1 == len(arguments):
+                raise UserError(USAGE)
+            options[option] = arguments.pop(place + 1)
+            arguments.pop(place)
+    verb, *names = arguments or [""]
+    if options.keys() - {"decompress": {"--artifact"}, "prove": {"--out"}}.get(verb, set()):
+        raise UserError(USAGE)
+    if verb == "compress" and len(names) == 3:
+        figures = compress(artifact_file(names[0]), existing(names[1]), Path(names[2]))
         share = figures["coder_bits"] / max(figures["probability_bits"], 1) - 1
         print(
             f"{figures['source_bytes']:,} bytes -> {figures['bytes']:,} bytes ({figures['text_bytes']:,} of them text: {figures['bpb_file']:.4f} "
@@ -892,12 +926,19 @@ def main() -> int:
             f"in {figures['seconds']:.1f}s, {figures['streams']} streams, {figures['tokens'] / max(figures['seconds'], 1e-9):,.0f} tokens/s"
         )
     elif verb == "decompress" and len(names) == 2:
-        figures = decompress(existing(names[0]), Path(names[1]), named)
+        named = options.get("--artifact")
+        figures = decompress(existing(names[0]), Path(names[1]), artifact_file(named) if named else None)
         print(f"{figures['bytes']:,} bytes in {figures['seconds']:.1f}s, {figures['tokens'] / max(figures['seconds'], 1e-9):,.0f} tokens/s")
-    elif verb == "prove" and len(names) == 1 and not named:
-        return prove_command(existing(names[0]))
-    elif verb == "compare" and len(names) in (1, 2) and not named:
-        for line in compare(existing(names[0]), existing(names[1]) if len(names) == 2 else None):
+    elif verb == "prove" and len(names) == 1:
+        path = artifact_file(names[0])
+        return prove_command(path, Path(options.get("--out", path.with_name("eval.json"))))
+    elif verb == "text" and len(names) == 1:
+        text = validation_text(resolve_config(os.environ))
+        with atomic_write(names[0]) as temporary:
+            temporary.write_bytes(text)
+        print(f"{len(text):,} bytes -> {names[0]}")
+    elif verb == "compare" and len(names) in (1, 2):
+        for line in compare(existing(names[0]), artifact_file(names[1]) if len(names) == 2 else None):
             print(line)
     else:
         raise UserError(USAGE)

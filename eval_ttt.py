@@ -795,7 +795,7 @@ def referee_artifact(path: Path, cfg: Config, text: Path, out: Path, options: li
         return subprocess.run([*judge, *options, "--", *command]).returncode
 
 
-def prove_artifact(path: Path) -> int:
+def prove_artifact(path: Path, score: Path) -> int:
     """`--prove`: compress the validation text with the artifact and have it restored, in processes of their own. codec.py is no part of a submission."""
     program = Path(__file__).resolve().with_name("codec.py")
     if not program.is_file():
@@ -804,7 +804,7 @@ def prove_artifact(path: Path) -> int:
         gc.collect()
         torch.cuda.empty_cache()
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run([sys.executable, str(program), "prove", str(path)], env=alone).returncode
+    return subprocess.run([sys.executable, str(program), "prove", str(path), "--out", str(score)], env=alone).returncode
 
 
 def audit_run(
@@ -1128,7 +1128,7 @@ def main() -> int:
         raise
     finally:
         ctx.close()
-    failed = prove_artifact(path) if "--prove" in flags and ctx.is_main else 0
+    failed = prove_artifact(path, out) if "--prove" in flags and ctx.is_main else 0
     return 1 if result["audit"] and result["audit"]["verdict"] == auditing.FAIL else failed
 
 
