@@ -1073,10 +1073,10 @@ def quantize_command(run_dir: Path, search_seconds: float, out: Path | None = No
     cfg = open_run(run_dir, out)
     ctx = setup_distributed(cfg.run.device, cfg.run.cache_dir)
     try:
+        quantizer = Quantizer(run_dir, cfg, ctx)  # refuses what is at fault before a file is written
         new_log(out / "quantize.log", cfg, ctx)
         if (cfg.train.late_qat_threshold or cfg.train.qat_last_frac) and cfg.train.qat_bits != cfg.quant.matrix_bits:
             ctx.log(f"warning: the run was trained for {cfg.train.qat_bits} bits (QAT_BITS), MATRIX_BITS={cfg.quant.matrix_bits}")
-        quantizer = Quantizer(run_dir, cfg, ctx)
         trained_on, here = quantizer.meta.get("train_data_sha256"), split_digest(cfg.run.data_path, "train")
         if trained_on not in (None, here):
             ctx.log(f"warning: calibrates on other training shards (SHA-256 {here[:12]}…) than the run was trained on ({trained_on[:12]}…)")

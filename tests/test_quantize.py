@@ -640,7 +640,13 @@ def test_save_load_same_loss(world, clean, tmp_path, compressor):
     run = clone_run(world, tmp_path / "run")
     Q.quantize_command(run, search_seconds=10)
     report = json.loads((run / "quantize.json").read_text())
-    assert sorted(path.name for path in run.iterdir()) == ["artifact.bin", "evaluate.py", "model.safetensors", "quantize.json"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "artifact.bin",
+        "evaluate.py",
+        "model.safetensors",
+        "quantize.json",
+        "quantize.log",
+    ]
     assert report["bytes_model"] == (run / "artifact.bin").stat().st_size
     assert report["bytes_total"] == report["bytes_model"] + (run / "evaluate.py").stat().st_size
     assert report["bytes_code"] == code.code_bytes() and report["bytes_code_training"] == code.code_bytes("train_gpt")
@@ -792,7 +798,10 @@ def test_faults_leave_nothing_half_written(world, clean, tmp_path):
             context.setenv(name, value)
             with pytest.raises(UserError):
                 Q.quantize_command(run, search_seconds=5)
-        assert [path.name for path in run.iterdir()] == ["model.safetensors"], name
+        log = run / "quantize.log"  # what shows after the calibration only is said there as well
+        assert {path.name for path in run.iterdir()} - {log.name} == {"model.safetensors"}, name
+        assert "error: " in log.read_text() if log.exists() else name not in ("BITS_OVERRIDE", "TARGET_BYTES"), name
+        log.unlink(missing_ok=True)
 
     def spoil(weights):
         weights["blocks.0.mlp.fc.weight"][0, 0] = float("nan")
