@@ -11,7 +11,7 @@ what comes before: neither the other documents of a batch nor their order has a 
 
 A chunk's forward reads the chunk: keys, values and recurrent states of what precedes it are remembered as they were computed when it was read
 (`DecodeState`), by the adapters of then. The public record's form recomputes the whole window with the adapters of now for each chunk,
-which at chunks of 48 in a window of 2,048 costs forty times as much; the gradient here ends at the chunk's beginning. README.md
+which at chunks of 48 in a window of 2,048 costs forty times as much; the gradient here ends at the chunk's beginning. DOCUMENT_TTT.md
 beside this file has what that costs in bits.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.shards import BOS_ID
@@ -33,7 +34,7 @@ class DocumentTrainer:
 
     def __init__(self, model: GPT, cfg: EvalConfig, seed: int, window: int, device: torch.device):
         self.model, self.cfg, self.device = model, cfg, device
-        self.lanes = cfg.ttt_doc_lanes or (64 if device.type == "cuda" else 8)
+        self.lanes = cfg.ttt_doc_lanes or (128 if device.type == "cuda" else 8)
         self.stages = cfg.document_chunks
         model.requires_grad_(False)
         self.adapters = DocumentAdapters(model, cfg.ttt_doc_sites.split(","), cfg.ttt_doc_rank, cfg.ttt_doc_alpha, self.lanes, seed)
@@ -86,7 +87,7 @@ class DocumentTrainer:
         """A step on each document's mean loss over the chunk; those that have ended stay as they are. Documents share no parameter, so
         that the gradient of the sum is each one's own."""
         with torch.enable_grad():
-            nll = -logits.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
+            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
             (nll.mean(1) * goes_on).sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

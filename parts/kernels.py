@@ -157,7 +157,8 @@ class _FusedMLP(torch.autograd.Function):
     def backward(ctx, d_y):
         x, w_up, w_down, post = ctx.saved_tensors
         d_h = mlp_down_gradient(d_y.contiguous(), w_down, post, ctx.leaky).to(x.dtype)
-        return d_h @ w_up, d_h.t() @ x, d_y.t() @ post.to(x.dtype), None
+        _, up, down, _ = ctx.needs_input_grad  # a matrix that does not train costs no product
+        return d_h @ w_up, d_h.t() @ x if up else None, d_y.t() @ post.to(x.dtype) if down else None, None
 
 
 def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, act: str) -> Tensor:
