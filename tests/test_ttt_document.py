@@ -199,7 +199,7 @@ class LearnsFirst(DocumentTrainer):
 
     def read(self, documents):
         lengths = torch.tensor([len(document) - 1 for document in documents])
-        tokens = torch.zeros(self.lanes, int(lengths.max()) + 20, dtype=torch.int64)
+        tokens = torch.zeros(self.lanes, int(lengths.max()) + 25, dtype=torch.int64)
         for row, document in zip(tokens, documents):
             row[: len(document)] = document
         self._restart(tokens)
