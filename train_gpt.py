@@ -466,7 +466,7 @@ class EvalConfig(ExpertConfig):
     codec_streams: int = setting(
         0, "streams that codec.py codes in lockstep; 0: by the text's length, at most 256 on CUDA and 32 elsewhere", low=0, high=65536
     )
-    audit_samples: int = setting(64, "positions whose full distribution the audit looks at", low=1)
+    audit_samples: int = setting(512, "targets that the audit has answered again; below 64 it is incomplete", low=1)
 
     @property
     def by_document(self) -> bool:

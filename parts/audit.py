@@ -43,6 +43,7 @@ NORMALIZATION_TOLERANCE = 1e-4  # of the sum over the vocabulary (the challenge'
 # Nats between a recorded score and the replica's distribution. Gradients repeat to the bit and shapes are fixed, so what is left is the
 # rounding of float32 log p, which grows with |log p|. The same on a GPU: no noise is measured, and none allowed for.
 SCORE_TOLERANCE = 2e-5
+LEAST_TARGETS = 64  # answered again, or all that there are: the audit's sample is a setting, and must not be set to nothing
 DOCUMENT_TOLERANCE = 1e-3  # nats by which a document may move when the one before it is another
 PLAIN_PIECE = 16  # characters: SentencePiece's own limit of a piece
 FITTED_TOKENIZER = 1.25  # bytes a token in validation over those in training: more means that it was made for the validation text
@@ -173,6 +174,9 @@ def check_blind(
     status = replica.sandbox_status
     shut = f"sandbox: {', '.join(status['means'])}" if replica.sandboxed else "no sandbox: it could have read the text"
     what = f"targets drawn by a hash of all scores; a new process, told no token beyond them, must give the same ({shut})"
+    if len(gaps) < min(LEAST_TARGETS, len(nll)) and not wrong:
+        few = f"{figure}; fewer than {LEAST_TARGETS} prove nothing: raise AUDIT_SAMPLES"
+        return [Check(name, NOT_CHECKED, few, what) for name in ("causality", "normalization")]
     normal = max(sums) <= NORMALIZATION_TOLERANCE and lowest >= 0
     return [
         Check("causality", FAIL if wrong else PASS, figure, what),

@@ -59,6 +59,14 @@ def test_an_honest_evaluation_passes():
     assert "no sandbox" in checks["causality"].what  # this one was started without, and the report says so
 
 
+def test_a_sample_of_a_few_proves_nothing():
+    tokens = text()
+    checks = blind(cheats.Evaluation, tokens, recorded(cheats.Evaluation, tokens), 63)
+    assert {check.verdict for check in checks.values()} == {NOT_CHECKED} and "raise AUDIT_SAMPLES" in checks["causality"].figure
+    checks = blind(cheats.InventsItsTrace, tokens, recorded(cheats.InventsItsTrace, tokens), 1)
+    assert checks["causality"].verdict == FAIL  # what is found is found
+
+
 CHEATS = {
     # Own target at every 53rd place: at the default of 512 draws one in 53 is missed with probability 6e-5, one in 997 with 0.6.
     "RareOwnTarget": 500, "LateOwnTarget": 128, "BatchComposition": 128, "TrainsOnTheNextChunk": 128, "TrainsOneTargetTooFar": 500,
