@@ -61,6 +61,7 @@ from train_gpt import (
     Config,
     DecodeState,
     EvalConfig,
+    Graphed,
     Kernels,
     ModelConfig,
     RunContext,
@@ -352,30 +353,6 @@ class Channel:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Replay:
-    """A function without arguments, on fixed memory: recorded once as a CUDA graph and replayed, or called. The same kernels either way."""
-
-    def __init__(self, function: Callable[[], Tensor], record: bool):
-        self.function, self.graph = function, None
-        if not record:
-            return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function()
-
-    def __call__(self) -> Tensor:
-        if self.graph is None:
-            return self.function()
-        self.graph.replay()
-        return self.output
-
-
 def model_config(cfg: Config) -> ModelConfig:
     """Documents that are scored from their own first token (EVAL_BY_DOCUMENT) do not see each other in a window either."""
     return dataclasses.replace(cfg.model, document_mask=cfg.model.document_mask or cfg.eval.by_document)
@@ -422,11 +399,11 @@ class Lockstep:
         self.mixture = ExpertMixture(experts, cfg.model.vocab_size, self.device) if experts.expert_names else None
         self.block_steps = max(1, round(cfg.eval.expert_block_tokens / rows))
         self.block: list[Tensor] = []  # logits [P, V] of the steps not counted yet
-        capacity = min(self.window, max(self.steps, 4))  # 4: what `Replay` rehearses and records
+        capacity = min(self.window, max(self.steps, 4))  # 4: what `Graphed` rehearses and records
         self.state = DecodeState(rows, capacity, device=self.device)
         self.start = -1  # of the window that the state holds
         self.input = torch.full((rows, 1), BOS_ID, dtype=torch.int64, device=self.device)
-        self.step: Replay | None = None
+        self.step: Graphed | None = None
 
     # -- predicting --
 
@@ -462,7 +439,8 @@ class Lockstep:
             record = self.device.type == "cuda" and self.cfg.run.compile != "0"
             if record:
                 self.model(self.input, state=self.state)
-            self.step = Replay(self._step, record)
+            self.step = Graphed(self._step, record)
+            self.step.prepare()
         rows = min(len(self.tokens), eval_batch_size(self.cfg.eval, t + 1 - start, self.device))
         self.state.begun = False
         parts = []

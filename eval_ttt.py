@@ -62,6 +62,7 @@ from train_gpt import (
     Config,
     EvalConfig,
     EvalResult,
+    Graphed,
     HashEmbedding,
     RunContext,
     Window,
@@ -306,10 +307,18 @@ class FewShapes:
 
     A compiler takes many seconds for every new shape. And a matrix product's last bits depend on its shape: with the shapes fixed, a
     target's distribution is the same to the bit whether the tokens after it are there or not, which is what a blind replica shows.
+    Batches that a GPU is through with before the host has launched them are replayed as CUDA graphs: a result holds until the next call.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], batch: int, stride: int, length: int):
-        self.forward, self.batch, self.stride, self.length = forward, batch, stride, length
+    SMALL = 32_768  # tokens
+
+    def __init__(self, model: GPT, forward: Callable[..., Tensor], batch: int, stride: int, length: int, graphs: bool):
+        self.model, self.forward, self.batch, self.stride, self.length = model, forward, batch, stride, length
+        on_cuda = next(model.parameters()).device.type == "cuda"
+        self.graphed = Graphed(self._run, graphs and on_cuda and batch * length <= self.SMALL)
+
+    def _run(self, inputs: Tensor, targets: Tensor | None, boundaries: Tensor | None, **options) -> Tensor:
+        return self.forward(inputs, targets, boundaries=boundaries, **options)
 
     def __call__(self, inputs: Tensor, targets: Tensor | None = None, *, reduction: str = "none", score_last: int = 0) -> Tensor:
         rows, last = inputs.size(0), score_last or inputs.size(1)
@@ -317,7 +326,8 @@ class FewShapes:
             inputs = torch.cat((inputs, inputs[-1:].expand(fill, -1)))
             targets = None if targets is None else torch.cat((targets, targets[-1:].expand(fill, -1)))
         wide = min(self.stride, inputs.size(1)) if last <= self.stride else inputs.size(1)
-        return self.forward(inputs, targets, reduction=reduction, score_last=wide)[:rows, -last:]
+        values = self.graphed(inputs, targets, self.model.boundaries(inputs), reduction=reduction, score_last=wide)
+        return values[:rows, -last:]
 
 
 @dataclasses.dataclass
@@ -350,7 +360,7 @@ class ScoreFirstEvaluator:
         self.batch = eval_batch_size(cfg.eval, self.seq_len, ctx.device)
         forward = maybe_compile(model, cfg.run)
         self.compiled = forward is not model
-        self.forward = FewShapes(forward, self.batch, cfg.eval.eval_stride, self.seq_len)
+        self.forward = FewShapes(model, forward, self.batch, cfg.eval.eval_stride, self.seq_len, cfg.run.cuda_graphs)
         self.trainer = self.document_trainer = None
         if cfg.eval.ttt_mode == "document":
             self.document_trainer = DocumentTrainer(model, cfg.eval, cfg.run.seed, self.seq_len, ctx.device)
@@ -534,7 +544,7 @@ class Session:
             self._finish(begin, end)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Probabilities float32 [last - first, V] of targets first..last-1, which lie at or after all that `rows` has given."""
+        """Probabilities float32 [last - first, V], on the CPU, of targets first..last-1, which lie at or after all that `rows` has given."""
         if not 0 <= first < last <= self.known:
             raise UserError(f"targets {first}..{last - 1} cannot be asked for: {self.known} tokens are known")
         if self.evaluator.documents_independent and self.evaluator.trainer is None:
@@ -557,7 +567,7 @@ class Session:
             elif upto < last:
                 raise AssertionError("a block whose tokens are all known was not finished")
             first = upto
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()
 
     def close(self) -> EvaluationTrace:
         trace, tokens = self.trace, self.tokens

@@ -108,7 +108,9 @@ class RunConfig(Part):
     seed: int = setting(1337, "seed of the initial weights and of every random draw", low=0, high=2**63 - 1)
     resume: bool = setting(False, "continue RUN_ID from its last checkpoint")
     attention_backend: str = setting("auto", "attention kernel", choices=("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "flex", "plain"))
-    cuda_graphs: bool = setting(True, "replay training's micro-batches as CUDA graphs, where they are compiled")
+    cuda_graphs: bool = setting(
+        True, "replay training's micro-batches, where they are compiled, and an evaluation's small batches as CUDA graphs"
+    )
     fused_kernels: str = setting(
         "auto", "Triton kernels of parts/kernels.py: 0 plain, 1 required, auto where they run", choices=("auto", "0", "1")
     )
@@ -1948,6 +1950,12 @@ class GPT(nn.Module):
         segment = layers[cfg.loop_start : cfg.loop_end + 1]
         return layers[: cfg.loop_end + 1] + segment * cfg.num_loops + layers[cfg.loop_end + 1 :]
 
+    def boundaries(self, ids: Tensor, span: int = 0) -> Tensor | None:
+        """Where the documents of ids [B,T] start, for attention that wants to be told (`kernels.document_boundaries`). Waits for the device."""
+        if not self.cfg.document_mask or "fa4" not in (self.kernels.full, self.kernels.windowed):
+            return None
+        return kernels.document_boundaries(document_starts(ids, span))
+
     def _context(
         self, ids: Tensor, state: DecodeState | None, boundaries: Tensor | None = None, span: int = 0
     ) -> tuple[ForwardContext, list[Tensor]]:
@@ -1984,8 +1992,8 @@ class GPT(nn.Module):
         dims = cfg.rope_dims or cfg.head_dim
         frequency = cfg.rope_base ** (-torch.arange(0, dims, 2, device=ids.device, dtype=torch.float32) / dims)
         angle = positions.float()[:, None] * frequency
-        if boundaries is None and cfg.document_mask and not goes_on and "fa4" in (self.kernels.full, self.kernels.windowed):
-            boundaries = kernels.document_boundaries(document_starts(ids, span))
+        if boundaries is None and not goes_on:
+            boundaries = self.boundaries(ids, span)
         longest = min(span or length, length)
         ctx = ForwardContext(angle.cos(), angle.sin(), continues, documents, boundaries, longest, self.kernels, state, goes_on)
         return ctx, previous
@@ -2101,6 +2109,48 @@ def maybe_compile(model: GPT, cfg: RunConfig) -> Callable[..., Tensor]:
             model.regions = eager
 
     return forward
+
+
+class Graphed:
+    """A function of tensors that is recorded as a CUDA graph for every shape it meets and then replayed: one launch in place of hundreds, the same
+    kernels. Not `enabled`: the function.
+
+    Its result lies in the graphs' memory, where the next call overwrites it. What else it reads, weights above all, has to stay where it lies.
+    """
+
+    REHEARSALS = 2  # compilers and tuners do their work before the recording
+
+    def __init__(self, function: Callable[..., Tensor], enabled: bool):
+        self.function, self.enabled = function, enabled
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
+
+    def prepare(self, *tensors: Tensor | None, **options) -> tuple:
+        """Rehearse and record for such arguments, if that is not done yet; the key of the graph."""
+        key = (*(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors), *sorted(options.items()))
+        if self.enabled and key not in self.graphs:
+            static = [None if tensor is None else tensor.clone() for tensor in tensors]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(self.REHEARSALS):
+                    self.function(*static, **options)
+            torch.cuda.current_stream().wait_stream(side)
+            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                output = self.function(*static, **options)
+            self.graphs[key] = graph, static, output
+        return key
+
+    def __call__(self, *tensors: Tensor | None, **options) -> Tensor:
+        if not self.enabled:
+            return self.function(*tensors, **options)
+        graph, static, output = self.graphs[self.prepare(*tensors, **options)]
+        for place, value in zip(static, tensors):
+            if place is not None:
+                place.copy_(value)
+        graph.replay()
+        return output
 
 
 def count_params(model: nn.Module) -> int:
@@ -2494,6 +2544,9 @@ def padded_lengths(seq_len: int) -> list[int]:
     return [*itertools.takewhile(lambda padded: padded < seq_len, (SHORTEST_PADDED << n for n in itertools.count())), seq_len]
 
 
+FILL_ID = 0  # behind a window's end. Not BOS: thousands of documents of one token cost attention by document more than the text
+
+
 def score_windows(
     forward: Callable[..., Tensor], tokens: Tensor, windows: list[Window], seq_len: int, stride: int, batch_seqs: int, whole: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -2515,7 +2568,7 @@ def score_windows(
             inside = index < end
             inputs, targets = (tokens[(index + ahead).clamp_max(len(tokens) - 1)].long() for ahead in (0, 1))
             with torch.no_grad():  # the padding is constant: nothing of the text behind a window gets in
-                values = forward(inputs.where(inside, BOS_ID), targets.where(inside, BOS_ID), reduction="none", score_last=scored)
+                values = forward(inputs.where(inside, FILL_ID), targets.where(inside, FILL_ID), reduction="none", score_last=scored)
             index, wanted = index[:, -scored:], (inside & (index >= score_from))[:, -scored:]
             yield index[wanted], values[wanted].float()
 

@@ -18,6 +18,7 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import socket
 import struct
 import sys
@@ -54,6 +55,8 @@ def python_paths() -> list[str]:
     paths = {sys.prefix, sys.exec_prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable))}
     for variable in ("PYTHONPATH", "LD_LIBRARY_PATH"):
         paths |= {os.path.abspath(path) for path in os.environ.get(variable, "").split(os.pathsep) if path}
+    if compiler := shutil.which(os.environ.get("CC") or "gcc"):  # Triton builds its launchers with it
+        paths.add(os.path.dirname(os.path.dirname(os.path.realpath(compiler))))
     return [*sorted(paths), "/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys"]
 
 
@@ -125,8 +128,9 @@ def _reaches_out() -> bool:
 def enter(read: Sequence[str], scratch: str, secret: Sequence[str]) -> dict:
     """Shut this process in; what could be verified of it. secret: files that must then be out of reach."""
     devices = [f"/dev/{name}" for name in DEVICES] + [str(path) for path in Path("/dev").glob("nvidia[0-9]*")]
+    # A GPU's driver names its threads through /proc/self, and reports no device at all where it may not.
     means = _no_network()  # first: neither another user nor a restricted process may
-    files = _landlock([*python_paths(), *read], [scratch, *devices]) or _another_user(scratch)
+    files = _landlock([*python_paths(), *read], [scratch, "/proc/self", *devices]) or _another_user(scratch)
     return {"files": not any(map(_opens, secret)), "network": not _reaches_out(), "means": means + files}
 
 
