@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -375,6 +376,84 @@ def test_full_disks(base, tmp_path, capsys):
         assert again.code == 0 and weights_of(folder) == expected, again.text()[-2000:]
     with capsys.disabled():
         print(f"\nfull disks: exit codes {codes}, all as undisturbed once there was room")
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Callable[..., Path]:
+    """mounted(options) -> a memory file system on tmp_path/"disk", made or, if it is there, changed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options: str) -> Path:
+        remount = "remount," if os.path.ismount(disk) else ""
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", remount + options, "tmpfs", disk], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this user may not mount a file system: {done.stderr.strip()}")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_full_file_systems(base, mounted, tmp_path, capsys):
+    """The same on a file system that is full as a whole, logs included; half of the runs get room while they wait for it."""
+    rng = random.Random(SEED)
+    assert run_to_end(T, log=tmp_path / "whole", **base).code == 0
+    expected, size = weights_of(tmp_path / "runs" / "run"), (tmp_path / "runs" / "run" / "model.safetensors").stat().st_size
+    there = {**base, "RUNS_DIR": mounted("size=64m")}
+    folder, codes = there["RUNS_DIR"] / "run", {}
+    for case in range(scaled(30)):
+        shutil.rmtree(folder, ignore_errors=True)
+        mounted(f"size={int(size * 4 ** rng.uniform(-3, 2)) >> 10}k")
+        command = Command(T, log=tmp_path / f"out{case}", prelude=lambda: setattr(T, "RETRY_SECONDS", 0.02), **there)
+        waited = False
+        while command.poll() is None:
+            if not waited and "in memory only" in command.text():
+                waited = True
+                mounted("size=64m") if case % 2 else os.kill(command.pid, signal.SIGTERM)
+            time.sleep(0.01)
+        codes[command.code] = codes.get(command.code, 0) + 1
+        assert command.code in (0, 2) and "Traceback" not in command.text(), command.text()[-2000:]
+        assert not (waited and case % 2 and command.code), "it was told to wait for room, and there was room"
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        assert all(json.loads(line) for line in lines), "no torn line"
+        mounted("size=64m")
+        again = run_to_end(T, log=tmp_path / f"again{case}", RESUME=1, **there)
+        assert again.code == 0 and weights_of(folder) == expected, again.text()[-2000:]
+    with capsys.disabled():
+        print(f"\nfull file systems: exit codes {codes}, all as undisturbed once there was room")
+
+
+def test_read_only_file_systems(base, pipeline, mounted, tmp_path, capsys):
+    """Every command that would write there ends in one line and exit code 2, evaluation after it has shown its score. Nothing changes."""
+    disk = mounted("size=64m")
+    folder, text = shutil.copytree(pipeline, disk / "run"), tmp_path / "text.txt"
+    text.write_bytes(b"Permission is hereby granted")
+    (disk / "runs").mkdir()
+    before = {path: digest(path) for path in disk.rglob("*") if path.is_file()}
+    mounted("ro")
+    artifact, reads = folder / "artifact.bin", {"DEVICE": "cpu"}
+    tries = {
+        "train": (T, [], {**base, "RUNS_DIR": disk / "runs"}),
+        "resume": (T, [], {**base, "RUNS_DIR": disk, "RESUME": 1, "ITERATIONS": 30}),
+        "quantize": (Q, [folder], reads),
+        "table": (Q, ["table", folder, "--variants", "rtn"], reads),
+        "bundle": (Q, ["bundle", folder, "--out", disk / "submission"], reads),
+        "evaluate": (eval_ttt, [folder], reads),
+        "compress": (codec, ["compress", artifact, text, disk / "coded"], reads),
+        "decompress": (codec, ["decompress", folder / "coded", disk / "text.txt", "--artifact", artifact], reads),
+        "prepare": (prepare, [text, "--val", text, "--out", disk / "data", "--vocab-size", 300], {}),
+    }
+    for name, (module, arguments, settings) in tries.items():
+        command = run_to_end(module, *arguments, log=tmp_path / name, **settings)
+        errors = [line for line in command.text().splitlines() if line.startswith("error")]
+        assert command.code == 2 and "Traceback" not in command.text() and len(errors) == 1, f"{name}: {command.text()[-2000:]}"
+    assert "cannot be written: the score will be printed only" in (tmp_path / "evaluate").read_text()
+    assert "\nval_loss:" in (tmp_path / "evaluate").read_text()
+    assert {path: digest(path) for path in disk.rglob("*") if path.is_file()} == before
+    with capsys.disabled():
+        print(f"\nread-only file systems: {', '.join(tries)}: one line each, nothing changed")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
