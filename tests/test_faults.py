@@ -364,8 +364,10 @@ def test_full_disks(base, tmp_path, capsys):
     for case in range(scaled(30)):
         shutil.rmtree(folder)
         command = Command(T, log=tmp_path / f"out{case}", prelude=with_room_for(max(40_000, int(size * 4 ** rng.uniform(-3, 1)))), **base)
+        asked = False
         while command.poll() is None:
-            if "in memory only" in command.text():
+            if not asked and "in memory only" in command.text():
+                asked = True  # once: asked again after five seconds, it would leave at once
                 os.kill(command.pid, signal.SIGTERM)
             time.sleep(0.01)
         codes[command.code] = codes.get(command.code, 0) + 1
@@ -426,7 +428,7 @@ def test_full_file_systems(base, mounted, tmp_path, capsys):
 
 
 def test_read_only_file_systems(base, pipeline, mounted, tmp_path, capsys):
-    """Every command that would write there ends in one line and exit code 2, evaluation after it has shown its score. Nothing changes."""
+    """Every command that would write there ends in one line and exit code 2; evaluation, which may show its score, in a warning. Nothing changes."""
     disk = mounted("size=64m")
     folder, text = shutil.copytree(pipeline, disk / "run"), tmp_path / "text.txt"
     text.write_bytes(b"Permission is hereby granted")
@@ -448,7 +450,8 @@ def test_read_only_file_systems(base, pipeline, mounted, tmp_path, capsys):
     for name, (module, arguments, settings) in tries.items():
         command = run_to_end(module, *arguments, log=tmp_path / name, **settings)
         errors = [line for line in command.text().splitlines() if line.startswith("error")]
-        assert command.code == 2 and "Traceback" not in command.text() and len(errors) == 1, f"{name}: {command.text()[-2000:]}"
+        code = 0 if name == "evaluate" else 2
+        assert command.code == code and "Traceback" not in command.text() and len(errors) == bool(code), f"{name}: {command.text()[-2000:]}"
     assert "cannot be written: the score will be printed only" in (tmp_path / "evaluate").read_text()
     assert "\nval_loss:" in (tmp_path / "evaluate").read_text()
     assert {path: digest(path) for path in disk.rglob("*") if path.is_file()} == before
