@@ -4,6 +4,8 @@
     python lab.py run --preset legal_ttt/one_gpu --set XSA_LAYERS=none --set NUM_LOOPS=0 --seeds 3
     python lab.py list                                           presets, and runs with state and score
     python lab.py table runs/QUEUE                               differences to the reference, with confidence intervals
+    python lab.py plot runs/QUEUE                                curves and scores as PNG and SVG
+    python lab.py watch                                          a page that shows the runs live
     python lab.py sample runs/RUN --prompt "Once upon"           text from an artifact
     python lab.py records runs/QUEUE                             keep runs under records/, make its tables
 
@@ -15,9 +17,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from parts.files import UserError, cli
+from parts.lab.plots import KINDS as PLOTS
 from parts.lab.results import METRICS
 
 
@@ -171,6 +175,48 @@ def sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def plot_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, help="runs, or folders that hold some")
+    parser.add_argument(
+        "--what", default=",".join(PLOTS), help=f"comma-separated choice of {', '.join(PLOTS)} (default: all that there is)"
+    )
+    parser.add_argument("--x", default="seconds", help="of curves: seconds, steps, tokens, or several of them (default: seconds)")
+    parser.add_argument("--out", type=Path, default=Path("runs/plots"), help="folder of the PNG and SVG files (default: runs/plots)")
+
+
+def plot(options: argparse.Namespace) -> int:
+    """Draw runs: loss, val_bpb and learning rate over seconds, steps or tokens; val_bpb against bytes and against seconds."""
+    from parts.lab.plots import X_AXES, plot
+    from parts.lab.results import read_runs
+
+    what, xs = words(options.what, PLOTS, "--what"), words(options.x, X_AXES, "--x")
+    for path in plot(read_runs(options.runs), what, xs, options.out):
+        print(path)
+    return 0
+
+
+def words(text: str, known: Iterable[str], option: str) -> list[str]:
+    """The words of a comma-separated list. Raises UserError for one that is not known."""
+    chosen = [word for word in text.split(",") if word]
+    if unknown := [word for word in chosen if word not in known]:
+        raise UserError(f"{option}: {unknown[0]!r} is not one of {', '.join(known)}")
+    return chosen
+
+
+def watch_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder (default: runs)")
+    parser.add_argument("--port", type=int, default=8016, help="default: 8016; 0: any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="another address than this machine's own: whoever reaches it sees the runs")
+
+
+def watch(options: argparse.Namespace) -> int:
+    """Serve a page that shows the runs live: curves, speed, memory, time to go, logs, settings, audits."""
+    from parts.lab.watch import watch
+
+    watch(options.runs, options.host, options.port)
+    return 0
+
+
 def records_arguments(parser: Parser) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="finished runs, or folders that hold some, to be kept under records/")
     parser.add_argument("--to", type=Path, help="their folder (default: records/PRESET/QUEUE)")
@@ -194,6 +240,8 @@ VERBS = {
     "list": (list_, list_arguments),
     "table": (table, table_arguments),
     "sample": (sample, sample_arguments),
+    "plot": (plot, plot_arguments),
+    "watch": (watch, watch_arguments),
     "records": (records, records_arguments),
 }
 

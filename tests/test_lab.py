@@ -1,5 +1,6 @@
 """lab.py: plans, the queue and its state on disk. Commands are stand-ins except where a test says so."""
 
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
+from http.client import HTTPConnection
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -16,12 +20,13 @@ from scipy import stats
 
 import train_gpt as T
 from parts.files import UserError, read_json, write_json
-from parts.lab import overview, records
+from parts.lab import overview, plots, records
 from parts.lab import queue as Q
 from parts.lab.compare import Table, interval
 from parts.lab.results import Result, read_runs
 from parts.lab.sample import generate
 from parts.lab.spec import Plan, Run, check_plan, load_plan, make_plan
+from parts.lab.watch import FILES, PAGE, POINTS, Server, thin
 from parts.runs import run_lock
 
 # A stand-in for training: notes every start, waits where it is told to, and ends as it is told to.
@@ -496,3 +501,113 @@ def test_a_kept_queue_is_in_the_tables(tmp_path):
     page.write_text("<!-- make records: nothing -->\n<!-- end -->\n")
     with pytest.raises(UserError, match="unknown table 'nothing'"):
         records.with_tables(page, home)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures and the page
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_show_what_was_measured(tmp_path):
+    runs = [run for run in queue_of_runs(tmp_path / "q") if run.state == "done"]
+    made = plots.figures(runs, ["loss", "val_bpb", "lr", "bytes", "seconds"], ["seconds", "tokens"])
+    assert [figure.name for figure in made] == [
+        "loss_seconds",
+        "loss_tokens",
+        "val_bpb_seconds",
+        "val_bpb_tokens",
+        "lr_seconds",
+        "lr_tokens",
+        "seconds",
+    ]
+    by_name = {figure.name: figure.series for figure in made}
+    gain = [series for series in by_name["val_bpb_tokens"] if series.label == "gain"]
+    assert sorted((series.xs[0], series.ys[0]) for series in gain) == [(640, 0.899), (640, 0.9), (640, 0.903)]
+    assert len({series.index for series in gain}) == 1, "seeds share a colour"
+    written = plots.plot(runs, ["val_bpb"], ["seconds"], tmp_path / "out")
+    assert [path.name for path in written] == ["val_bpb_seconds.png", "val_bpb_seconds.svg"]
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+    svg = written[1].read_text()
+    assert all(f">{name}</text>" in svg for name in ("gain", "reference", "noise", "seconds of training")), (
+        "labels are text, beside the lines"
+    )
+    with pytest.raises(UserError, match="nothing to show of bytes"):
+        plots.plot(runs, ["bytes"], ["seconds"], tmp_path / "none")
+
+
+def test_labels_keep_their_distance_and_their_order():
+    heights = plots.spread([0.5, 0.51, 0.1, 0.49], 0.05)
+    ordered = sorted(heights)
+    assert all(b - a >= 0.05 - 1e-12 for a, b in itertools.pairwise(ordered)) and heights[2] == 0.1
+    assert sorted(range(4), key=lambda i: heights[i]) == [2, 3, 0, 1] and statistics.fmean(heights) == pytest.approx(0.4)
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """ask(path, **headers) -> (status, headers, body) of a server over tmp_path/runs."""
+    (tmp_path / "runs").mkdir()
+    with Server(tmp_path / "runs", "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+
+        def request(path: str, **headers):
+            connection = HTTPConnection(*server.server_address, timeout=30)
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read().decode()
+
+        yield request
+        server.shutdown()
+        thread.join()
+
+
+def test_the_page_is_one_machines_and_needs_nothing_from_elsewhere(ask):
+    for path, (name, kind) in FILES.items():
+        status, headers, body = ask(path)
+        assert status == 200 and headers["Content-Type"].startswith(kind) and body == (PAGE / name).read_text()
+        assert not re.search(r"(src|href)=.?https?:|@import|innerHTML|insertAdjacentHTML|document\.write|eval\(", body)
+        assert (
+            "default-src 'none'; script-src 'self'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
+        )
+    assert ask("/api/runs", Host="elsewhere.example")[0] == 421
+    assert ask("/api/runs", Host="localhost:80")[0] == 200
+
+
+def test_the_server_tells_what_the_files_say_and_nothing_else(ask, tmp_path):
+    assert json.loads(ask("/api/runs")[2])["runs"] == []
+    run = kept(tmp_path / "runs" / "q" / "a <b>&-s1", 1.25, num_loops=3)
+    (run.folder / "train.log").write_text("<script>alert(1)</script>\nlast\n")
+    secret = kept(tmp_path / "secret", 9.0)
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "step": 7, "elapsed": 70, "train_loss": NaN}\n')
+    (line,) = json.loads(ask("/api/runs")[2])["runs"]
+    assert (line["id"], line["state"], line["val_bpb"], line["train_loss"]) == ("q/a <b>&-s1", "done", 1.25, None), (
+        "a loss that is no number is null"
+    )
+    answer = json.loads(ask("/api/run?id=" + quote(line["id"]))[2])
+    assert answer["curves"]["train_loss"] == {"seconds": [[50.0, 3.0]], "steps": [[5, 3.0]], "tokens": [[320.0, 3.0]]}
+    assert answer["log"] == {"name": "train.log", "lines": ["<script>alert(1)</script>", "last"]} and answer["settings"]["num_loops"] == 3
+    for name in ("../secret", str(secret.folder), "q/../../secret", "", ".", "q"):
+        assert ask("/api/run?id=" + quote(name))[0] == 404, name
+    for path in ("/../secret/config.json", "/%2e%2e/secret/config.json", "/page.html", "/q/a/train.log", "//etc/passwd"):
+        assert ask(path)[0] == 404, path
+
+
+def test_the_page_follows_a_run_to_its_end(ask, tmp_path):
+    run = kept(tmp_path / "runs" / "a", 1.25)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.folder / "metrics.jsonl").write_text("".join(lines[:2]))
+    with run_lock(run.folder):
+        (line,) = json.loads(ask("/api/runs")[2])["runs"]
+        assert (line["state"], line["stage"], line["progress"], line["to_go"]) == ("running", "train", 0.5, 50.0)
+    (run.folder / "metrics.jsonl").write_text("".join(lines))
+    (line,) = json.loads(ask("/api/runs")[2])["runs"]
+    assert (line["state"], line["val_bpb"], line["to_go"]) == ("done", 1.25, None)
+
+
+def test_long_curves_are_thinned_and_ports_in_use_are_named(tmp_path):
+    values = list(range(10 * POINTS))
+    thinned = thin(values, values)
+    assert len(thinned) <= POINTS and thinned[0] == [0, 0] and thinned[-1] == [values[-1]] * 2
+    with Server(tmp_path, "127.0.0.1", 0) as server, pytest.raises(UserError, match="choose another --port"):
+        Server(tmp_path, "127.0.0.1", server.server_address[1])
