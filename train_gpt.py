@@ -439,7 +439,7 @@ class EvalConfig(ExpertConfig):
     ttt_lr_schedule: str = setting("cosine", "over chunks", choices=("constant", "cosine", "adaptive"))
     ttt_polyak: float = setting(0.0, "decay of the averaged weights used for scoring; 0: off", low=0, high=0.99999)
     ttt_byte_weighted: bool = setting(False, "weight each token's loss by its bytes")
-    ttt_hash_buckets: int = setting(0, "zero-initialised evaluation-time hash embedding; 0: off", low=0)
+    ttt_hash_buckets: int = setting(0, "zero-initialised evaluation-time hash embedding; 0: off", low=0, high=2**24)
     ttt_hash_lr_mult: float = setting(10.0, "its learning rate over TTT_LR", low=0)
     ttt_reset_per_doc: bool = setting(False, "forget at document starts")
     ttt_batch_seqs: int = setting(32, "sequences a TTT step, over all ranks", low=1)
@@ -2518,7 +2518,7 @@ def document_windows(tokens: Tensor, seq_len: int, stride: int, first: int = 0, 
         scored = start if first < start + seq_len else start + seq_len + after // stride * stride
         while scored < document_end:
             end = scored + (seq_len if scored == start else stride)
-            windows.append(Window(max(start, end - seq_len), max(scored, first), min(end, document_end)))
+            windows.append(Window(end - seq_len, max(scored, first), min(end, document_end)))
             scored = end
     return windows
 

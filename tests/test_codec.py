@@ -15,7 +15,7 @@ from conftest import ROOT, clean_environment
 from test_eval import byte_table, config, evaluator, randomized, stream
 
 import codec
-from codec import Channel, CodedText, Lockstep, Spelling, Streams, frequencies, transmit
+from codec import TOTAL, Channel, CodedText, Lockstep, Spelling, Streams, frequencies, transmit
 from data.prepare import train_tokenizer
 from data.shards import BOS_ID, load_tokenizer, parse_tokenizer, tokenizer_hash
 from parts import packing
@@ -121,7 +121,20 @@ def test_streams_give_the_tokens_back(count):
     assert len(Streams.cut(tokens[:0], 1).collect(np.zeros((1, 0)))) == 0
 
 
+def test_streams_begin_with_a_document_where_one_is_near():
+    tokens = np.full(1000, 9, np.int64)
+    tokens[[0, 240, 505, 900]] = BOS_ID
+    streams = Streams.cut(tokens, 4)  # equal parts end at 250, 500 and 750: the last has no document within a tenth of a part
+    assert (streams.targets + streams.begins).tolist() == [240, 265, 245, 250] and streams.begins.tolist() == [True, True, True, False]
+
+
 # ---- frequencies and coder ----
+
+
+def test_what_is_left_over_goes_to_the_likeliest():
+    weights = torch.tensor([[1e-6, 1 / 3, 1.0, 1 / 3]], dtype=torch.float64)
+    counts, floors = frequencies(weights)[0], (weights / weights.sum() * (TOTAL - 4)).floor().long()[0] + 1
+    assert counts[[0, 1, 3]].tolist() == floors[[0, 1, 3]].tolist() and counts[2] > floors[2]
 
 
 def test_frequencies_are_exact_and_every_symbol_has_one():

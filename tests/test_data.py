@@ -209,6 +209,25 @@ def test_no_document_window_depends_on_what_comes_after_its_targets():
         assert before[0] == before[1]
 
 
+def test_what_lies_behind_a_window_does_not_get_into_it():
+    """A window shorter than its batch's width is filled up with a constant that starts no document."""
+    tokens, seen = document_stream([5, 90, 3, 70]), []
+
+    def forward(inputs, targets, **options):
+        seen.append(inputs)
+        return torch.zeros(inputs.size(0), options["score_last"])
+
+    windows = T.document_windows(tokens, 64, 64)
+    for _ in T.score_windows(forward, tokens, windows, 64, 64, 2, whole=True):
+        pass
+    rows = torch.cat(seen)
+    assert len(rows) == len(windows) and {window.end - window.start for window in windows} > {64}
+    for row, window in zip(rows, windows):
+        size = window.end - window.start
+        assert torch.equal(row[:size], tokens[window.start : window.end].long())
+        assert (row[size:] == T.FILL_ID).all() and T.FILL_ID != T.BOS_ID
+
+
 @pytest.mark.parametrize("pattern", ["GSTA", "AAAA"])
 def test_evaluation_by_document_is_each_document_alone(dataset, pattern):
     """To the bit, whatever is batched with what and on however many ranks; and the documents' sum is the score."""

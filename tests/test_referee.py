@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 from bigram import Bigram
 from conftest import ROOT, clean_environment
 
-from parts import referee
+from parts import referee, sandbox
 from parts.files import UserError
 from parts.referee import FAIL, INCOMPLETE, PASS, judge
 from parts.replica import Replica, Sandbox
@@ -121,6 +122,75 @@ def test_what_does_not_hold_is_not_called_a_sandbox(tmp_path):
         [sys.executable, "-c", bare, tmp_path, tmp_path / "text.bin"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == {"files": False, "network": False, "means": []}
+
+
+def test_a_secret_that_is_not_there_was_not_refused(tmp_path):
+    """Nor is a process without files but with a network shut in."""
+    assert sandbox._opens(str(tmp_path / "nothing"))
+    replica = Replica.__new__(Replica)
+    for files, network in itertools.product((False, True), repeat=2):
+        replica.sandbox_status = {"files": files, "network": network}
+        assert replica.sandboxed == (files and network)
+
+
+class InProcess:
+    """A replica as the referee sees one, that answers with fixed rows; `change(rows, first)` may touch them."""
+
+    def __init__(self, sandboxed: bool = True, change=lambda rows, first: None):
+        self.sandboxed, self.change, self.known, self.sandbox_status = sandboxed, change, 0, {"means": []}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def feed(self, tokens):
+        self.known += len(tokens)
+
+    def ask(self, first, last):
+        assert self.known == last, "the last target's own token, and all beyond, are not told yet"
+        self.asked = first, last
+
+    def answer(self):
+        first, last = self.asked
+        rows = np.full((last - first, VOCAB), 1 / VOCAB, np.float32)
+        self.change(rows, first)
+        return rows
+
+    def rows(self, first, last):
+        self.ask(first, last)
+        return self.answer()
+
+
+def verdict(probe: InProcess, scorer: InProcess) -> referee.Judgement:
+    both = iter((probe, scorer))
+    return judge(lambda: next(both), text(), block=20, cuts=3)
+
+
+def test_the_verdict_needs_both_sandboxes_every_bit_and_every_target():
+    assert verdict(InProcess(), InProcess()).verdict == PASS
+    for one in (True, False):
+        assert verdict(InProcess(one), InProcess(not one)).verdict == INCOMPLETE
+
+    def last_bit(rows, first):
+        rows[:, 0] = np.nextafter(rows[:, 0], np.float32(1))
+
+    result = verdict(InProcess(), InProcess(change=last_bit))
+    assert len(result.disagreements) == result.cuts and not result.improper and result.verdict == FAIL
+
+    def negative(rows, first):
+        rows[:, :2] = -0.25, 2 / VOCAB + 0.25
+
+    result = verdict(InProcess(change=negative), InProcess(change=negative))
+    assert not result.disagreements and len(result.improper) == 400 and result.verdict == FAIL
+    assert referee.Judgement(targets=2, scored=1, sandboxed=True).verdict == FAIL  # a part is no score of the text
+
+
+def test_an_answer_of_another_size_breaks_the_protocol():
+    script = "import sys; sys.stdin.readline(); print('{\"protocol\": 1}'); print('{\"bytes\": 4}', flush=True); sys.stdout.buffer.write(b'1234')"
+    result = judge(lambda: Replica([sys.executable, "-c", script], 400, VOCAB), text())
+    assert "answered 4 bytes" in result.failure and result.verdict == FAIL
 
 
 # ---- raw text ----
