@@ -363,7 +363,7 @@ class ScoreFirstEvaluator:
         self.forward = FewShapes(model, forward, self.batch, cfg.eval.eval_stride, self.seq_len, cfg.run.cuda_graphs)
         self.trainer = self.document_trainer = None
         if cfg.eval.ttt_mode == "document":
-            self.document_trainer = DocumentTrainer(model, cfg.eval, cfg.run.seed, self.seq_len, ctx.device)
+            self.document_trainer = DocumentTrainer(model, cfg.eval, cfg.run.seed, self.seq_len, ctx.device, cfg.run.cuda_graphs)
         elif cfg.eval.ttt_mode == "stream":
             seq_len = cfg.eval.ttt_seq_len or self.seq_len
             self.trainer = TestTimeTrainer(model, forward, cfg, self.byte_table, ctx, seq_len)

@@ -29,10 +29,68 @@ from parts.audit import NEVER, Ledger
 from train_gpt import GPT, DecodeState, EvalConfig, RunContext
 
 
+class Chunk:
+    """A chunk of `size` targets in every lane: the model reads it, then the adapters learn from it.
+
+    On a GPU both are recorded once and replayed from then on: two launches in place of some ten thousand.
+    """
+
+    def __init__(self, trainer: DocumentTrainer, size: int, graphs: bool):
+        self.trainer = trainer
+        self.tokens = torch.zeros(trainer.lanes, size + 1, dtype=torch.int64, device=trainer.device)
+        self.goes_on = torch.zeros(trainer.lanes, device=trainer.device)  # 1.0 where a document has targets after the chunk
+        self.graphs = [torch.cuda.CUDAGraph() for _ in range(2)] if graphs else []
+        if graphs:
+            self._record()
+
+    def _record(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries choose their kernels before the recording
+                self._read()
+                self._learn()
+        torch.cuda.current_stream().wait_stream(side)
+        for graph, part in zip(self.graphs, (self._read, self._learn)):
+            with torch.cuda.graph(graph, pool=self.trainer.pool):
+                part()
+            self.trainer.pool = graph.pool()
+
+    def _read(self) -> None:
+        trainer = self.trainer
+        with torch.enable_grad(), trainer.adapters.attached():
+            self.logits = trainer.model(self.tokens[:, :-1], state=trainer.state)
+
+    def _learn(self) -> None:
+        """A step on each document's mean loss over the chunk; those that have ended stay as they are. Documents share no parameter, so
+        that the gradient of the sum is each one's own."""
+        trainer = self.trainer
+        with torch.enable_grad():
+            targets = self.tokens[:, 1:]
+            nll = F.cross_entropy(self.logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+            gradients = torch.autograd.grad((nll.mean(1) * self.goes_on).sum(), trainer.params)
+        self.logits = self.logits.detach()
+        for param, gradient in zip(trainer.params, gradients):
+            param.grad = gradient.contiguous()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """tokens [lanes, size + 1] -> logits float32 [lanes, size, V], which hold until the next chunk is read."""
+        self.tokens.copy_(tokens)
+        self.graphs[0].replay() if self.graphs else self._read()
+        return self.logits.detach()
+
+    def learn(self, goes_on: Tensor) -> None:
+        """goes_on: bool [lanes]."""
+        self.goes_on.copy_(goes_on)
+        self.graphs[1].replay() if self.graphs else self._learn()
+
+
 class DocumentTrainer:
     """The model on up to `lanes` documents at once."""
 
-    def __init__(self, model: GPT, cfg: EvalConfig, seed: int, window: int, device: torch.device):
+    def __init__(self, model: GPT, cfg: EvalConfig, seed: int, window: int, device: torch.device, graphs: bool = True):
         self.model, self.cfg, self.device = model, cfg, device
         self.lanes = cfg.ttt_doc_lanes or (128 if device.type == "cuda" else 8)
         self.stages = cfg.document_chunks
@@ -41,13 +99,30 @@ class DocumentTrainer:
         self.params = list(self.adapters.parameters())
         # No momentum: what a chunk teaches acts on the next one at once.
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=cfg.ttt_doc_lr, betas=(0.0, cfg.ttt_doc_beta2), eps=1e-10, weight_decay=cfg.ttt_doc_wd, fused=True
+            self.params,
+            lr=cfg.ttt_doc_lr,
+            betas=(0.0, cfg.ttt_doc_beta2),
+            eps=1e-10,
+            weight_decay=cfg.ttt_doc_wd,
+            fused=True,
+            capturable=device.type == "cuda",
         )
         self.state = DecodeState(self.lanes, window, max(size for size, _ in self.stages), device, one_document=True)
+        self.graphs, self.pool = graphs and device.type == "cuda", None
+        self.chunks: dict[int, Chunk] = {}
 
     def chunk_size(self, position: int) -> int:
         """Targets of the chunk that begins at this position of a document."""
         return next(size for size, until in self.stages if position < until)
+
+    def prepare(self) -> None:
+        """Lay out the memory, and record what is recorded: before there is anything in the adapters that a rehearsal moves."""
+        if self.chunks:
+            return
+        with torch.no_grad(), self.adapters.attached():
+            self.model(torch.zeros(self.lanes, self.state.piece, dtype=torch.int64, device=self.device), state=self.state)
+        self.state.restart()
+        self.chunks = {size: Chunk(self, size, self.graphs) for size, _ in self.stages}
 
     def read(self, documents: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Score documents, each [n + 1] tokens of which n are targets, and learn from what has been scored.
@@ -55,6 +130,7 @@ class DocumentTrainer:
         Yields (first, logits float32 [lanes, size, V]) of targets first … first + size - 1 of each; rows and columns beyond the documents are
         meaningless. Learns from a chunk once its scores have been taken, in those documents that go on after it.
         """
+        self.prepare()
         lengths = torch.zeros(self.lanes, dtype=torch.int64)
         lengths[: len(documents)] = torch.tensor([len(document) - 1 for document in documents])
         longest = int(lengths.max())
@@ -62,35 +138,22 @@ class DocumentTrainer:
         for row, document in zip(tokens, documents):
             row[: len(document)] = document
         lengths = lengths.to(self.device)
-        self._restart(tokens)
+        self._restart()
         first = 0
         while first < longest:
+            chunk = self.chunks[self.chunk_size(first)]
             after = first + self.chunk_size(first)
-            with torch.enable_grad(), self.adapters.attached():
-                logits = self.model(tokens[:, first:after], state=self.state)
-            yield first, logits.detach()
+            yield first, chunk.read(tokens[:, first : after + 1])
             if after < longest:
-                self._learn(logits, tokens[:, first + 1 : after + 1], lengths > after)
+                chunk.learn(lengths > after)
             first = after
 
-    def _restart(self, tokens: Tensor) -> None:
-        if not self.state.begun:
-            with torch.no_grad(), self.adapters.attached():
-                self.model(tokens[:, : self.state.piece], state=self.state)  # lays out the memory
+    def _restart(self) -> None:
         self.state.restart()
         self.adapters.reset()
         for slot in self.optimizer.state.values():
             for value in slot.values():
                 value.zero_()
-
-    def _learn(self, logits: Tensor, targets: Tensor, goes_on: Tensor) -> None:
-        """A step on each document's mean loss over the chunk; those that have ended stay as they are. Documents share no parameter, so
-        that the gradient of the sum is each one's own."""
-        with torch.enable_grad():
-            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-            (nll.mean(1) * goes_on).sum().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 POOL = 16  # batches on each rank that are read ahead
@@ -155,24 +218,26 @@ class DocumentReader:
     def _read(self, batch: list[tuple[int, int]], whole: bool) -> None:
         """Each score is fixed before its chunk is learned from, and the ledger is told so where it happens."""
         starts, stops = torch.tensor(batch)[..., None].unbind(1)
-        kept: list[list[Tensor]] = [[] for _ in batch]
+        lengths = (stops - starts).to(self.ctx.device)
+        places = lengths.cumsum(0) - lengths  # of each document's first value among all
+        total = int(lengths.sum())
         with repeatable_gradients(self.ctx.device):
+            values = None
             for first, logits in self.trainer.read([self.tokens[start : stop + 1].long() for start, stop in batch]):
                 at = starts + first + torch.arange(logits.size(1))
-                inside = at < stops
-                if whole:
-                    values = logits[: len(batch)]
-                else:
+                read = logits[: len(batch)]
+                if not whole:
                     targets = self.tokens[(at + 1).clamp_max(len(self.tokens) - 1).to(self.ctx.device)].long()
-                    values = -logits[: len(batch)].log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
-                for parts, row, count in zip(kept, values, inside.sum(1).tolist()):
-                    if count:
-                        parts.append(row[:count].clone())
-                self.ledger.fix(at[inside])
+                    read = -read.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
+                if values is None:
+                    values = read.new_empty(total + 1, *read.shape[2:])  # what is beyond its document goes to the last
+                column = first + torch.arange(logits.size(1), device=self.ctx.device)
+                values[torch.where(column < lengths, places + column, total)] = read
+                self.ledger.fix(at[at < stops])
                 if (goes_on := stops[:, 0] > at[:, -1] + 1).any():
                     self.ledger.fit(at[goes_on].flatten(), "training")
-        for parts, span in zip(kept, batch):
-            self.done[span] = torch.cat(parts)
+        for span, part in zip(batch, values.split([*lengths[:, 0].tolist(), 1])):
+            self.done[span] = part
 
     def close(self) -> None:
         """With several ranks: put together what each one's ledger knows."""

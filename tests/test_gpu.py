@@ -7,6 +7,8 @@ from conftest import TINY
 
 import train_gpt as T
 from parts import kernels
+from parts.adapters import repeatable_gradients
+from parts.document_ttt import DocumentTrainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -124,3 +126,39 @@ def test_training_steps_compile_two_graphs_at_most():
         forward(ids[:, :-1], ids[:, 1:]).backward()
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+def small_model(preset):
+    """(model, configuration) of a preset at small width, every path carrying signal."""
+    small = {"MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "GDN_QK_HEADS": "2", "GDN_V_HEADS": "2", "WINDOW_SIZE": "64"}
+    cfg = T.resolve_config({"PRESET": preset, **small, "VOCAB_SIZE": "1024", "TTT_MODE": "document", "TTT_DOC_LANES": "4"})
+    model = T.build_model(cfg, DEVICE).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for param in model.parameters():
+            if not param.any():
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.05)
+    model.looping = True
+    return model, cfg
+
+
+@pytest.mark.parametrize("preset", ["frontier", "legal_ttt", "gdn_hybrid", "token_shift"])
+def test_documents_read_and_learned_from_by_recorded_graphs_are_those_of_the_eager_loop(preset):
+    model, cfg = small_model(preset)
+    cfg = cfg.replace(ttt_doc_chunks="8@16,24", ttt_doc_lr=3e-3, ttt_doc_rank=8)
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        [torch.randint(2, 1024, (n,), generator=generator, dtype=torch.int32) for n in lengths] for lengths in ([90, 70, 70, 9], [55, 30])
+    ]
+    seen = {}
+    with repeatable_gradients(DEVICE):
+        for rate in (3e-3, 0.0):
+            for graphs in (True, False):
+                trainer = DocumentTrainer(model, cfg.replace(ttt_doc_lr=rate).eval, 0, 64, DEVICE, graphs)
+                documents = [[document.to(DEVICE).long() for document in batch] for batch in [*batches, batches[0]]]
+                seen[rate, graphs] = [[logits.clone() for _, logits in trainer.read(batch)] for batch in documents]
+                first, _, again = seen[rate, graphs]
+                assert all(torch.equal(a, b) for a, b in zip(first, again)), "what other documents taught has to be forgotten"
+        for recorded, eager in zip(seen[3e-3, True], seen[3e-3, False]):
+            assert all(relative_error(a, b) < 2e-3 for a, b in zip(recorded, eager))
+    assert relative_error(seen[3e-3, True][0][-1][0], seen[0.0, True][0][-1][0]) > 0.01, "nothing was learned"

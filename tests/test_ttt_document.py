@@ -202,25 +202,26 @@ class LearnsFirst(DocumentTrainer):
         tokens = torch.zeros(self.lanes, int(lengths.max()) + 25, dtype=torch.int64)
         for row, document in zip(tokens, documents):
             row[: len(document)] = document
-        self._restart(tokens)
+        self.prepare()
+        self._restart()
         first = 0
         while first < int(lengths.max()):
+            chunk = self.chunks[self.chunk_size(first)]
             after = first + self.chunk_size(first)
-            again = self.state.clone()
-            with torch.enable_grad(), self.adapters.attached():
-                logits = self.model(tokens[:, first:after], state=again)
-            self._learn(logits, tokens[:, first + 1 : after + 1], torch.ones(self.lanes, dtype=torch.bool))
-            with torch.no_grad(), self.adapters.attached():
-                yield first, self.model(tokens[:, first:after], state=self.state)
+            before = self.state.clone()
+            chunk.read(tokens[:, first : after + 1])
+            chunk.learn(torch.ones(self.lanes, dtype=torch.bool))
+            self.state = before
+            yield first, chunk.read(tokens[:, first : after + 1])
             first = after
 
 
 class Remembers(DocumentTrainer):
     """Keeps what earlier documents in the same lane taught."""
 
-    def _restart(self, tokens):
+    def _restart(self):
         reset, self.adapters.reset = self.adapters.reset, lambda: None
-        super()._restart(tokens)
+        super()._restart()
         self.adapters.reset = reset
 
 
