@@ -36,6 +36,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -768,8 +769,12 @@ class RunContext:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        return self.all_reduce_sum(tensor).div_(self.world_size)
+    def exchange(self, kind: str, collective: Callable, *tensors: Tensor, **how) -> Callable[[], object]:
+        """Start one of a training step's collectives; what is returned waits for it (CUDA tensors: the stream does, not the host).
+
+        `kind` is its name in a benchmark, which puts its own clock in this place.
+        """
+        return collective(*tensors, **how, async_op=True).wait
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rank 0's CPU tensors on every rank; what the other ranks pass is ignored."""
@@ -2226,7 +2231,7 @@ class Muon:
     """Momentum, orthogonalized: each matrix moves by the Newton-Schulz factor of its Nesterov momentum (Jordan et al., 2024).
 
     Matrices of one shape are solved as one batch, and the batch is split over ranks: each rank orthogonalizes its part and all gather
-    the result, so every rank applies the same update.
+    the result, so every rank applies the same update. A shape is gathered while the next one is orthogonalized.
     """
 
     def __init__(self, table: list[ParamSpec], cfg: TrainConfig, ctx: RunContext, compiled: bool = False):
@@ -2242,6 +2247,7 @@ class Muon:
     def step(self, lr_scale: float, momentum: float, wd_scale: float = 1.0) -> None:
         cfg, world = self.cfg, self.ctx.world_size
         factor = torch.full((), momentum, device=self.ctx.device)  # a tensor: a number would be compiled in
+        arriving = []
         for specs, buffer in self.groups:
             update = self.nesterov([spec.param.grad for spec in specs], buffer, factor)
             share = -(-len(specs) // world)
@@ -2251,9 +2257,12 @@ class Muon:
             mine = newton_schulz(mine, cfg.muon_backend_steps, cfg.muon_coefficients, cfg.muon_row_norm)
             if world > 1:
                 update = torch.empty_like(update)
-                gather_tensor(update, mine.contiguous())
+                arriving.append((specs, update, self.ctx.exchange("Muon's updates", gather_tensor, update, mine.contiguous())))
             else:
-                update = mine
+                arriving.append((specs, mine, None))
+        for specs, update, wait in arriving:
+            if wait:
+                wait()
             rows, columns = specs[0].shape
             lr, weight_decay = specs[0].rates(cfg)
             lr *= lr_scale
@@ -2287,9 +2296,10 @@ class Optimizers:
         if self.ctx.world_size == 1:
             return
         tensors = [spec.param.grad for spec in self.table if spec.param.grad is not None] + [loss]
-        flat = self.ctx.all_reduce_mean(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(piece.view_as(tensor))
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self.ctx.exchange("gradients", dist.all_reduce, flat)()
+        pieces = flat.div_(self.ctx.world_size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [piece.view_as(tensor) for tensor, piece in zip(tensors, pieces)])
 
     @torch.no_grad()
     def add_crown_q(self) -> None:
@@ -3378,7 +3388,8 @@ class Trainer:
         if self.ctx.world_size == 1:
             return elapsed, stop
         shared = torch.tensor([elapsed if self.ctx.is_main else 0.0, float(stop)], dtype=torch.float64)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)  # CPU tensor, through gloo: does not wait for the GPU
+        # A CPU tensor, through gloo: does not wait for the GPU.
+        self.ctx.exchange("clock, stop (host)", dist.all_reduce, shared, op=dist.ReduceOp.MAX)()
         return float(shared[0]), int(shared[1])
 
     # --- reports
@@ -3718,10 +3729,25 @@ class SyntheticStream(TokenStream):
         return self.tokens[first : first + count]
 
 
-class Benchmark(Trainer):
-    """Speed of a preset's training step on this machine, and where its time goes."""
+Mark = torch.cuda.Event | float  # a place in a device's queue, or seconds of the host's clock
 
-    STEPS = 10
+
+def mark(device: torch.device) -> Mark:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(began: Mark, ended: Mark) -> float:
+    return 1000 * (ended - began) if isinstance(began, float) else began.elapsed_time(ended)
+
+
+class Benchmark(Trainer):
+    """Speed of a preset's training step on this machine or these, where its time goes, and what the ranks' exchanges take of it."""
+
+    STEPS, SECONDS = 10, 4.0  # timed in a phase: so many steps, or as many as the seconds hold
 
     def __init__(self, cfg: Config, ctx: RunContext):
         self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.run.runs_dir)
@@ -3748,24 +3774,85 @@ class Benchmark(Trainer):
         }  # fmt: skip
         for looping, batch in itertools.product([False, True] if cfg.model.num_loops else [False], self.batches.values()):
             model.looping, self.batch = looping, batch
-            for _ in range(2):
-                self.run_step(0.0)
-            self.synchronize()
-            began = time.perf_counter()
-            for _ in range(self.STEPS):
-                self.run_step(0.0)
-            self.synchronize()
-            seconds = (time.perf_counter() - began) / self.STEPS
+            self.timed(1)
+            steps = ctx.broadcast_object(max(1, min(self.STEPS, round(self.SECONDS / self.timed(1)))))
+            seconds = self.timed(steps)
             flops = flops_per_token(model, batch.seq_len)
             report["phases"][f"{'looping' if looping else 'plain'} at {batch.seq_len}"] = {
                 "tokens_per_second": tokens / seconds, "milliseconds": 1000 * seconds, "flops_per_token": flops,
-                "mfu": flops * tokens / seconds / ctx.world_size / peak if peak else None, **self.profiled_step(),
-                "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
+                "mfu": flops * tokens / seconds / ctx.world_size / peak if peak else None, **self.profiled_step(), "collectives": self.collectives(),
+                "steps": steps, "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
             }  # fmt: skip
         return report
 
+    def timed(self, steps: int) -> float:
+        """Seconds a step, of so many in a row as the training loop takes them."""
+        self.synchronize()
+        self.ctx.barrier()
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.agree(0.0)
+            self.run_step(0.0)
+        self.synchronize()
+        return (time.perf_counter() - began) / steps
+
+    def collectives(self, steps: int = 3) -> dict[str, dict]:
+        """Of a step, by kind of exchange between ranks: calls, bytes of the results, milliseconds alone and exposed, GB/s of the bus while alone.
+
+        Exposed is what the device waits (for a CPU tensor the host), on the rank that waits longest: what computing does not hide, a slower rank's
+        delay included. Alone are the same calls with nothing else under way. The bus carries, for each rank, 2(n-1)/n of an all-reduce's
+        bytes and (n-1)/n of an all-gather's, as nccl-tests counts.
+        """
+        ctx, plain = self.ctx, self.ctx.exchange
+        if ctx.world_size == 1:
+            return {}
+        calls: dict[str, list[tuple[Callable[[], object], tuple[Tensor, ...]]]] = {}  # of one step
+        waits: list[tuple[str, Mark, Mark]] = []  # of all
+
+        def clocked(kind: str, collective: Callable, *tensors: Tensor, **how) -> Callable[[], object]:
+            calls.setdefault(kind, []).append((lambda: collective(*tensors, **how), tensors))
+            wait = plain(kind, collective, *tensors, **how)
+
+            def waited() -> None:
+                began = mark(tensors[0].device)
+                wait()
+                waits.append((kind, began, mark(tensors[0].device)))
+
+            return waited
+
+        ctx.exchange = clocked
+        try:
+            for _ in range(steps):
+                calls.clear()
+                self.timed(1)
+        finally:
+            ctx.exchange = plain
+        report = {}
+        for kind, made in calls.items():
+            exposed = sum(milliseconds(began, ended) for what, began, ended in waits if what == kind) / steps
+            alone = statistics.median([self.alone(made) for _ in range(6)][1:])
+            carried = sum((2 if len(tensors) == 1 else 1) * tensors[0].nbytes for _, tensors in made) * (1 - 1 / ctx.world_size)
+            report[kind] = {
+                "calls": len(made), "bytes": sum(tensors[0].nbytes for _, tensors in made), "alone_ms": alone,
+                "exposed_ms": max(ctx.gather_objects(exposed)), "bus_gb_per_second": carried / alone / 1e6,
+            }  # fmt: skip
+        return report
+
+    def alone(self, calls: Sequence[tuple[Callable[[], object], tuple[Tensor, ...]]]) -> float:
+        """Milliseconds of these collectives, one after another."""
+        device = calls[0][1][0].device
+        self.synchronize()
+        self.ctx.barrier()
+        began = mark(device)
+        for call, _ in calls:
+            call()
+        ended = mark(device)
+        self.synchronize()
+        return milliseconds(began, ended)
+
     def profiled_step(self) -> dict:
-        """Milliseconds of one step by part, and its costliest operations: the device's time (on a CPU its own), sorted by name and shape."""
+        """Milliseconds of one step by part, and its costliest operations: the device's time (on a CPU its own), sorted by name and shape; without
+        the ranks' exchanges, which `collectives` measures."""
         from torch.profiler import ProfilerActivity, profile
 
         on_cuda = self.ctx.device.type == "cuda"
@@ -3780,7 +3867,8 @@ class Benchmark(Trainer):
             for row in profiled.key_averages(group_by_input_shape=True):
                 # A kernel's time stands at the operation that launched it, and once more under its own name.
                 spent = row.self_device_time_total if on_cuda else row.self_cpu_time_total
-                if spent and row.device_type == torch.autograd.DeviceType.CPU:
+                exchange = row.key.startswith(("c10d::", "nccl:", "gloo:", "record_param"))
+                if spent and row.device_type == torch.autograd.DeviceType.CPU and not exchange:
                     into[row.key, str(row.input_shapes)] = spent / 1000
 
         whole: dict[tuple[str, str], float] = {}
@@ -3824,6 +3912,14 @@ class Benchmark(Trainer):
             memory = f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "-"
             times = "  ".join(f"{row['parts_ms'][name]:>{max(9, len(name)) - 3}.2f} ms" for name in names)
             lines.append(f"{phase:<15} {quantity(row['tokens_per_second']):>8} {row['milliseconds']:>8.1f} {mfu:>5} {memory:>5}  {times}")
+        if report["world_size"] > 1:
+            lines.append(f"{'':<15} {'collective':<18} {'calls':>5} {'MB':>8} {'alone':>10} {'GB/s':>6} {'exposed':>10} {'of step':>7}")
+        for phase, row in report["phases"].items():
+            for kind, cost in row["collectives"].items():
+                lines.append(
+                    f"{phase:<15} {kind:<18} {cost['calls']:>5} {cost['bytes'] / 1e6:>8.1f} {cost['alone_ms']:>7.2f} ms {cost['bus_gb_per_second']:>6.1f} "
+                    f"{cost['exposed_ms']:>7.2f} ms {cost['exposed_ms'] / row['milliseconds']:>7.1%}"
+                )
         return lines + [f"kernels: {', '.join(f'{k} {v}' for k, v in report['kernels'].items() if k != 'refused')}"]
 
 

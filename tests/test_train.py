@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -451,9 +452,10 @@ def test_one_ranks_signal_stops_all_by_rank_zeros_clock(train, monkeypatch):
     folder, _ = train(RUN_ID="run", ITERATIONS=1)
     trainer = T.Trainer(T.Config.from_dict(T.load_run(folder)[0]), T.RunContext(world_size=2), folder)
 
-    def all_reduce(tensor, op):
+    def all_reduce(tensor, op, async_op):
         other = torch.tensor([0.0, signal.SIGUSR1], dtype=tensor.dtype)  # rank 1: no clock of its own, but a signal
         tensor.copy_({T.dist.ReduceOp.MAX: torch.maximum, T.dist.ReduceOp.MIN: torch.minimum}[op](tensor, other))
+        return SimpleNamespace(wait=lambda: None)
 
     monkeypatch.setattr(T.dist, "all_reduce", all_reduce)
     assert trainer.agree(12.5) == (12.5, signal.SIGUSR1)
