@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -45,7 +46,7 @@ def run_arguments(parser: Parser) -> None:
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE", help="a run that differs in this alone")
     parser.add_argument("--grid", action="append", nargs="+", default=[], metavar="NAME=VALUE VALUE", help="every combination of these")
     parser.add_argument("--seeds", type=int, default=1, help="how many of each (1337, 1338, …)")
-    parser.add_argument("--stages", default="train", help="train,quantize,evaluate: up to the last one named (default: train)")
+    parser.add_argument("--stages", default="", help="train,quantize,evaluate: up to the last one named (default: the SPEC's; train)")
     parser.add_argument("--evaluate", default="", metavar="ARGUMENTS", help='of eval_ttt.py, such as --evaluate="--audit"')
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the queue's folder")
     parser.add_argument("--devices", default="", help='"0,1" or "cpu"; by default every GPU that is visible')
@@ -57,6 +58,10 @@ def run_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--job", action="append", default=[], metavar="NAME=VALUE", help="an option of the jobs: timeout_min, slurm_partition, …"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="do these variants or runs now, and leave the others")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no run that would not end within so many, by what others took"
     )
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
@@ -87,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
                 "name": options.name or options.preset.replace("/", "-"),
                 "preset": options.preset,
                 "seeds": options.seeds,
-                "stages": options.stages,
+                "stages": options.stages or "train",
                 "evaluate": options.evaluate,
                 "with": dict(map(assignment, options.common)),
                 "set": changes,
@@ -95,16 +100,19 @@ def run(options: argparse.Namespace) -> int:
             }
         )
         root = options.runs
-    check_plan(plan, os.environ)
+    part = plan.part(options.only, options.stages)
+    check_plan(part, os.environ)
     if options.dry_run:
-        print("\n".join(plan.lines(root)))
+        print("\n".join(part.lines(root)))
         return 0
     if options.executor == "here":
         executor = Local(find_devices(options.devices))
+    elif options.minutes < math.inf:
+        raise UserError("--minutes is for runs of this machine; a cluster's jobs have --job timeout_min=N")
     else:
         jobs = {name: int(value) if value.isdigit() else value for name, value in map(assignment, options.job)}
         executor = Submitit(options.executor, root / plan.name, jobs)
-    return Queue(plan, root, executor).run(options.retry)
+    return Queue(part, root, executor, whole=plan, seconds=60 * options.minutes).run(options.retry)
 
 
 def assignment(text: str) -> tuple[str, str]:

@@ -49,9 +49,9 @@ def command(tmp_path):
     return {"train": [str(path), "{run}"]}
 
 
-def work(plan: Plan, root, devices=("cpu",), **options) -> tuple[int, list[str]]:
+def work(plan: Plan, root, devices=("cpu",), retry=False, **options) -> tuple[int, list[str]]:
     lines = []
-    return Q.Queue(plan, root, Q.Local(list(devices)), lines.append, poll_seconds=0.01).run(**options), lines
+    return Q.Queue(plan, root, Q.Local(list(devices)), lines.append, poll_seconds=0.01, **options).run(retry), lines
 
 
 def starts(folder) -> list[str]:
@@ -135,6 +135,37 @@ def test_a_stage_may_be_added_later(tmp_path, command):
     work(Plan("q", runs, command), tmp_path)
     assert len(starts(tmp_path / "q" / "reference-s1")) == 2
     assert list(read_json(tmp_path / "q" / "reference-s1" / "lab.json")["done"]) == ["train", "quantize"]
+
+
+def test_a_queue_may_be_worked_off_in_instalments(tmp_path, command):
+    """What was chosen first, then what there is time for, by the longest that any took; the folder may have been carried elsewhere between."""
+    runs = [Run("reference", seed, {"SEED": str(seed)}, True) for seed in (1, 2)] + [
+        Run(name, 1, {"SEED": "1"}) for name in ("a", "b", "c")
+    ]
+    plan = Plan("q", runs, {**command, "quantize": command["train"]})
+    assert [run.name for run in plan.part(["a", "reference-s2"]).runs] == ["reference-s2", "a-s1"] and plan.part() == plan
+    with pytest.raises(UserError, match="no run is called d; there are reference, a, b, c"):
+        plan.part(["d"])
+    code, lines = work(plan.part(["reference", "b"], "train"), tmp_path / "here", whole=plan)
+    assert code == 0 and lines[-2].startswith("3 of 3 done") and not (tmp_path / "here" / "q" / "a-s1").exists()
+    assert read_json(tmp_path / "here" / "q" / "plan.json") == plan.to_dict(), "the whole of it, for the next start"
+    assert work(plan.part(["reference", "b"]), tmp_path / "here")[0] == 0 and len(starts(tmp_path / "here" / "q" / "b-s1")) == 2
+    assert work(plan.part(["b"], "train"), tmp_path / "here")[0] == 0 and len(starts(tmp_path / "here" / "q" / "b-s1")) == 2
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "q").rename(tmp_path / "there" / "q")
+    longest = tmp_path / "there" / "q" / "b-s1" / "lab.json"
+    write_json(longest, read_json(longest) | {"done": {"train": {"seconds": 50.0}, "quantize": {"seconds": 7.0}}})
+    halfway = tmp_path / "there" / "q" / "c-s1"
+    halfway.mkdir()
+    kept = read_json(tmp_path / "there" / "q" / "reference-s1" / "lab.json")
+    write_json(halfway / "lab.json", kept | {"variant": "c", "reference": False, "done": {"train": {"seconds": 1.0}}})
+    code, lines = work(plan, tmp_path / "there", seconds=30.0)
+    assert code == 0 and lines[-2] == "1 left for another time: none would have ended within 30 s; the same command goes on"
+    assert len(starts(halfway)) == 1, "its quantization alone is short enough"
+    assert not (tmp_path / "there" / "q" / "a-s1" / "starts").exists()
+    code, _ = work(plan, tmp_path / "there", seconds=60.0)
+    assert code == 0 and [len(starts(tmp_path / "there" / "q" / run.name)) for run in runs] == [2, 2, 2, 2, 1]
 
 
 def test_each_device_has_one_run_at_a_time(tmp_path, command):

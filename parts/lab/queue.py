@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import shlex
 import signal
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -283,18 +284,32 @@ class Submitit:
 
 
 class Queue:
-    """A plan's runs under `root`, on disk, and the loop that works them off."""
+    """A plan's runs under `root`, on disk, and the loop that works them off.
 
-    def __init__(self, plan: Plan, root: Path, executor: Executor, log: Callable[[str], object] = print_line, poll_seconds: float = 0.5):
+    whole: the plan that this one is a part of (`Plan.part`), kept for the next start. seconds: no run is begun that would not end within so many, by
+    what others took.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        root: Path,
+        executor: Executor,
+        log: Callable[[str], object] = print_line,
+        poll_seconds: float = 0.5,
+        whole: Plan | None = None,
+        seconds: float = math.inf,
+    ):
         self.plan, self.folder, self.executor, self.log, self.poll_seconds = plan, root / plan.name, executor, log, poll_seconds
+        self.whole, self.seconds = whole or plan, seconds
         self.folders = [self.folder / run.name for run in plan.runs]
 
     def run(self, retry: bool = False) -> int:
-        """Work the queue off. Returns 0 if every run is done, 1 if one has failed, 128 + a signal's number if stopped."""
+        """Work the queue off. Returns 0 if every run that was begun is done, 1 if one has failed, 128 + a signal's number if stopped."""
         with run_lock(self.folder), StopSignal() as stop:
             for run, folder in zip(self.plan.runs, self.folders):
                 self.enter(run, folder, retry)
-            write_json(self.folder / "plan.json", self.plan.to_dict())
+            write_json(self.folder / "plan.json", self.whole.to_dict())
             return self._work(stop)
 
     def enter(self, run: Run, folder: Path, retry: bool) -> None:
@@ -315,7 +330,7 @@ class Queue:
                 f"{folder} was made with {name}={before.get(name, '(nothing)')}, not {now.get(name, '(nothing)')}: name this queue otherwise, or remove the folder"
             )
         if not taken(folder):
-            commands = {**kept["commands"], **self.plan.commands}  # a stage that is not asked for any more stays as it is
+            commands = {stage: command for stage, command in kept["commands"].items() if stage in kept["done"]} | self.plan.commands
             done = {stage: how for stage, how in kept["done"].items() if commands[stage] == kept["commands"][stage]}
             write_json(folder / JOB, {**fresh, "commands": commands, "done": done, "error": None if retry else kept["error"]})
 
@@ -338,9 +353,9 @@ class Queue:
                     changed = True
                     del running[folder]
                     self.log(f"{folder.name}: {self._end(folder)}")
-            while waiting and not stop.received and self.executor.room(list(running.values())):
+            while not stop.received and self.executor.room(list(running.values())) and (folder := self._next(waiting, began)):
                 changed = True
-                folder = waiting.pop(0)
+                waiting.remove(folder)
                 running[folder] = self.executor.start(folder, list(running.values()))
             if changed or time.monotonic() - shown >= PROGRESS_SECONDS:
                 shown = time.monotonic()
@@ -354,6 +369,8 @@ class Queue:
                 running = {}
             elif running:
                 time.sleep(self.poll_seconds)
+            else:  # for what waits there is no time
+                break
         if stop.received:
             self.log(f"stopped by {signal.Signals(stop.received).name}: the same command goes on")
             return 128 + stop.received
@@ -361,11 +378,30 @@ class Queue:
         for folder, job in jobs.items():
             if job["error"]:
                 self.log(f"failed: {folder.name}: {job['error']}")
-        unfinished = [folder for folder, job in jobs.items() if left(job)]
+        unfinished = [folder for folder, job in jobs.items() if left(job) and folder not in waiting]
         for folder in unfinished:
             self.log(f"stopped: {folder.name}: the same command goes on")
-        self.log(f"python lab.py table {self.folder}")
+        if waiting:
+            self.log(
+                f"{len(waiting)} left for another time: none would have ended within {duration(self.seconds)}; the same command goes on"
+            )
+        self.log(f"next: python lab.py table {self.folder}")
         return int(bool(unfinished) or any(job["error"] for job in jobs.values()))
+
+    def _next(self, waiting: Sequence[Path], began: float) -> Path | None:
+        """The first run that there is time for: whose stages, at the longest that any run took, end within what is left."""
+        took = self._took({folder: read_job(folder) for folder in self.folders})
+        spent = time.monotonic() - began
+        return next((f for f in waiting if spent + sum(max(took.get(s, [0.0])) for s in left(read_job(f))) <= self.seconds), None)
+
+    @staticmethod
+    def _took(jobs: dict[Path, dict]) -> dict[str, list[float]]:
+        """Stage -> the seconds that it took wherever it is done."""
+        took: dict[str, list[float]] = {}
+        for job in jobs.values():
+            for stage, how in job["done"].items():
+                took.setdefault(stage, []).append(how["seconds"])
+        return took
 
     def _end(self, folder: Path) -> str:
         job = read_job(folder)
@@ -392,10 +428,7 @@ class Queue:
 
     def _to_go(self, jobs: dict[Path, dict], running: dict[Path, Handle]) -> float | None:
         """Seconds until the end, from what the finished stages took and the share of training that is done; None while nothing tells."""
-        took: dict[str, list[float]] = {}
-        for job in jobs.values():
-            for stage, how in job["done"].items():
-                took.setdefault(stage, []).append(how["seconds"])
+        took = self._took(jobs)
         spent = {folder: time.time() - job["running"]["since"] for folder, job in jobs.items() if job.get("running") and folder in running}
         for folder, seconds in spent.items():
             if jobs[folder]["running"]["stage"] == "train" and "train" not in took and (share := _trained(folder)) > 0.05:

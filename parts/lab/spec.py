@@ -33,7 +33,7 @@ import hashlib
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,6 +72,16 @@ class Plan:
     def environment(self, run: Run, folder: Path) -> dict[str, str]:
         """What the commands of a run find in the environment, beside what is there anyway. A stopped run goes on; one that is new begins."""
         return {**run.settings, "RUNS_DIR": str(folder.parent), "RUN_ID": folder.name, "RESUME": "1"}
+
+    def part(self, names: Sequence[str] = (), stages: str = "") -> Plan:
+        """The runs that these names of runs and variants mean, up to the last of these stages; empty: all. Raises UserError for what means none."""
+        if unknown := [name for name in names if not any(name in (run.name, run.variant) for run in self.runs)]:
+            raise UserError(f"no run is called {unknown[0]}; there are {', '.join(dict.fromkeys(run.variant for run in self.runs))}")
+        runs = [run for run in self.runs if not names or run.name in names or run.variant in names]
+        commands = (
+            {stage: self.commands.get(stage, command) for stage, command in _commands(stages, []).items()} if stages else self.commands
+        )
+        return Plan(self.name, runs, commands)
 
     def lines(self, root: Path) -> Iterator[str]:
         """The commands as one would type them."""
