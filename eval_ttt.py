@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.shards import BOS_ID, ByteTable, list_shards, load_manifest, load_shard, load_tokenizer, split_digest, tokenizer_hash
@@ -317,17 +318,21 @@ class FewShapes:
         on_cuda = next(model.parameters()).device.type == "cuda"
         self.graphed = Graphed(self._run, graphs and on_cuda and batch * length <= self.SMALL)
 
-    def _run(self, inputs: Tensor, targets: Tensor | None, boundaries: Tensor | None, **options) -> Tensor:
-        return self.forward(inputs, targets, boundaries=boundaries, **options)
+    def _run(self, inputs: Tensor, boundaries: Tensor | None, **options) -> Tensor:
+        return self.forward(inputs, boundaries=boundaries, **options)
 
     def __call__(self, inputs: Tensor, targets: Tensor | None = None, *, reduction: str = "none", score_last: int = 0) -> Tensor:
+        """Logits float32 [B, n, V] or, with targets, their losses [B, n], which are of the same logits: the forward that scores and the one
+        that shows whole distributions are one."""
+        assert reduction == "none"
         rows, last = inputs.size(0), score_last or inputs.size(1)
         if (fill := self.batch * self.length // inputs.size(1) - rows) > 0:
             inputs = torch.cat((inputs, inputs[-1:].expand(fill, -1)))
-            targets = None if targets is None else torch.cat((targets, targets[-1:].expand(fill, -1)))
         wide = min(self.stride, inputs.size(1)) if last <= self.stride else inputs.size(1)
-        values = self.graphed(inputs, targets, self.model.boundaries(inputs), reduction=reduction, score_last=wide)
-        return values[:rows, -last:]
+        logits = self.graphed(inputs, self.model.boundaries(inputs), score_last=wide)[:rows, -last:]
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets[:, -last:].flatten(), reduction=reduction).view(rows, last)
 
 
 @dataclasses.dataclass

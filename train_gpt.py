@@ -2618,7 +2618,7 @@ def evaluate(
             advance(len(positions) * ctx.world_size)
     nll, times = ctx.all_reduce_sum(nll), ctx.all_reduce_sum(times)
     assert bool((times == 1).all()), f"{int((times != 1).sum())} of {targets} targets were not scored exactly once"
-    nll_sum, byte_sum = nll.double().sum().item(), int(byte_table.to(ctx.device).targets(tokens).sum())
+    nll_sum, byte_sum = nll.cpu().double().sum().item(), int(byte_table.to(ctx.device).targets(tokens).sum())
     if not byte_sum:
         raise UserError("the validation tokens stand for no bytes: is the tokenizer the right one?")
     seconds = time.perf_counter() - began

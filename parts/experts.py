@@ -693,9 +693,12 @@ class Prediction:
         """What scoring the targets gave [n, C], float64: one column a name of `ExpertMixture.series` (log-probabilities), then
         the context bin."""
         picked = targets[:, None]
+        ladder = [log_p.gather(1, picked).squeeze(1) for log_p in self.ladder]
+        if len(self.mixture.members) == 1:  # nothing is mixed: what the model says, not a logarithm of its exponential
+            return torch.stack([ladder[-1], *ladder, ladder[-1], self.bins], dim=1).double()
         members = self.member_probs(picked).squeeze(1)
         final = (members * self.weights).sum(-1)
-        logs = [final.log(), *(log_p.gather(1, picked).squeeze(1) for log_p in self.ladder), *members.log().unbind(-1)]
+        logs = [final.log(), *ladder, *members.log().unbind(-1)]
         if self.mixture.pair_mixer:
             weights = self.mixture.pair_mixer.weights(self.bins)
             others = members[:, 1:].T

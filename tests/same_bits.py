@@ -26,6 +26,8 @@ import train_gpt as T  # noqa: E402
 PRESETS = sorted(path.parent.name for path in (ROOT / "records").glob("*/config.env"))
 SCORES = ("val_loss", "val_bpb", "sliding_loss", "sliding_bpb", "ttt_bpb", "experts_bpb", "experts", "invalid_cache", "chunk_losses")
 FACTS = (*SCORES, "tokens_scored", "bytes_scored")
+# A setting under another name before: today's name -> (its former name, what it said for today's values).
+FORMERLY = {"TTT_MODE": ("TTT_ENABLED", {"off": "0", "stream": "1"})}
 # Read by the commit's own code, in a process of its own: its formats are its own business.
 DIGEST = """
 import hashlib, json, sys
@@ -49,6 +51,15 @@ print(json.dumps({
 """
 
 
+def spelt(tree: Path, settings: dict) -> dict:
+    """`settings` under the names that they have in the commit checked out at `tree`."""
+    source, named = (tree / "train_gpt.py").read_text(), {}
+    for name, value in settings.items():
+        former, values = FORMERLY.get(name, (name, {}))
+        named |= {name: value} if former == name or f" {name.lower()}:" in source else {former: values[value]}
+    return named
+
+
 def run(tree: Path, *command: str, **settings) -> str:
     done = subprocess.run([sys.executable, *command], cwd=tree, env=clean_environment(**settings), capture_output=True, text=True)
     if done.returncode:
@@ -58,6 +69,7 @@ def run(tree: Path, *command: str, **settings) -> str:
 
 def results(tree: Path, folder: Path, preset: str, shards: dict, settings: dict) -> dict:
     """What `preset` comes to in the commit checked out at `tree`."""
+    settings = spelt(tree, settings)
     training = {**SMALL_WIDTH, **small(preset), **shards, "DEVICE": "cpu", "RUNS_DIR": folder, "RUN_ID": preset, **settings}
     if T.resolve_config({"PRESET": preset}).train.train_row_tokens:
         training |= {"TRAIN_ROW_TOKENS": 256, "TRAIN_SEQ_SCHEDULE": "32@0.4,64@1"}

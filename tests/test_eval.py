@@ -300,6 +300,21 @@ def test_a_text_that_comes_piece_by_piece_gets_the_same_distributions_to_the_bit
         assert np.abs(np.log(rows[range(end - start), text[start + 1 : end + 1]]) + recorded).max() < audit.SCORE_TOLERANCE
 
 
+ALONE = {"ttt_mode": "off"}
+AUDITED = [ALONE, ALONE | {"document_mask": True}, {}, {"ttt_polyak": 0.5, "ttt_reset_per_doc": True}, {"invalid_cache": True}]
+AUDITED += [{"experts": "tilt,ngram", "expert_mixer": "hedge"}, {"ttt_mode": "document", "ttt_doc_chunks": "16", "ttt_doc_lr": 0.02}]
+
+
+@pytest.mark.parametrize("form", AUDITED, ids=str)
+def test_a_score_is_the_same_to_the_bit_with_and_without_its_audit(form):
+    tokens, tested = stream(260), evaluator(config(**form))
+    plain, audited = tested.run(tokens), tested.run(tokens, full=True)
+    assert torch.equal(plain.ledger.nll, audited.ledger.nll) and plain.val_bpb == audited.val_bpb
+    if form.items() >= ALONE.items():
+        sliding = tested.sliding(tokens)
+        assert (sliding.val_loss, sliding.val_bpb) == (audited.val_loss, audited.val_bpb)
+
+
 def test_a_session_refuses_what_it_cannot_answer():
     tokens = stream(100)
     session = evaluator(config()).session(99)
