@@ -6,6 +6,7 @@
     python lab.py table runs/QUEUE                               differences to the reference, with confidence intervals
     python lab.py plot runs/QUEUE                                curves and scores as PNG and SVG
     python lab.py watch                                          a page that shows the runs live
+    python lab.py mirror runs/RUN --to tensorboard               the same in TensorBoard or Weights & Biases
     python lab.py sample runs/RUN --prompt "Once upon"           text from an artifact
     python lab.py records runs/QUEUE                             keep runs under records/, make its tables
 
@@ -225,6 +226,20 @@ def watch(options: argparse.Namespace) -> int:
     return 0
 
 
+def mirror_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, help="runs, or folders that hold some")
+    parser.add_argument("--to", required=True, help="tensorboard (RUN/tensorboard), wandb, or both with a comma between them")
+    parser.add_argument("--follow", action="store_true", help="go on until none of the runs is under way")
+
+
+def mirror(options: argparse.Namespace) -> int:
+    """Send metrics.jsonl to TensorBoard or Weights & Biases; MIRROR=… does it while a run trains."""
+    from parts.lab.mirror import SINKS, mirror
+    from parts.lab.results import read_runs
+
+    return mirror(read_runs(options.runs), words(options.to, SINKS, "--to"), options.follow)
+
+
 def records_arguments(parser: Parser) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="finished runs, or folders that hold some, to be kept under records/")
     parser.add_argument("--to", type=Path, help="their folder (default: records/PRESET/QUEUE)")
@@ -250,6 +265,7 @@ VERBS = {
     "sample": (sample, sample_arguments),
     "plot": (plot, plot_arguments),
     "watch": (watch, watch_arguments),
+    "mirror": (mirror, mirror_arguments),
     "records": (records, records_arguments),
 }
 

@@ -68,7 +68,7 @@ from data.shards import (
 from parts import kernels
 from parts.files import UserError, atomic_write, cli, fault_line, lost_rank, one_line, read_json, write_json
 from parts.progress import Progress, duration, quantity
-from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, flush_stdout, print_line, run_lock
+from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, flush_stdout, print_line, run_lock, start_mirrors
 
 SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
 Result = TypeVar("Result")
@@ -116,6 +116,7 @@ class RunConfig(Part):
         "auto", "Triton kernels of parts/kernels.py: 0 plain, 1 required, auto where they run", choices=("auto", "0", "1")
     )
     cache_dir: str = setting("", "folder that keeps compiled kernels for the next start; empty: where each compiler keeps them")
+    mirror: str = setting("", "also show metrics.jsonl there, live (parts/lab/mirror.py)", several=("tensorboard", "wandb"))
     gdn_backend: str = setting("auto", "auto: flash-linear-attention on CUDA, chunked PyTorch elsewhere", choices=("auto", "fla", "torch"))
 
     def faults(self) -> Iterator[str]:
@@ -4005,6 +4006,7 @@ def train(cfg: Config, ctx: RunContext) -> int:
                 trainer.saved = Saved(trainer.state.step, path)
         if ctx.is_main:
             write_json(folder / "config.json", {"config": cfg.to_dict(), "origins": cfg.origins})
+            start_mirrors(folder, cfg.run.mirror, ctx.log)
         try:
             return trainer.run()
         except RuntimeError as error:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import itertools
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from parts.files import UserError
@@ -183,6 +185,27 @@ def _silence_stdout() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+def start_mirrors(folder: Path, names: str, log: Callable[[str], None]) -> None:
+    """Show a run's metrics elsewhere while it is under way: a `lab.py mirror` of its own for each of these packages (comma-separated).
+
+    Nothing here waits for one or asks how it ended. What it says is in FOLDER/NAME/mirror.out.
+    """
+    for name in filter(None, names.split(",")):
+        if importlib.util.find_spec(name) is None:
+            log(f"warning: MIRROR={name}: the package is not installed, nothing is shown there (pip install {name})")
+            continue
+        command = [sys.executable, str(Path(__file__).resolve().parent.parent / "lab.py"), "mirror", str(folder), "--to", name, "--follow"]
+        try:
+            (folder / name).mkdir(exist_ok=True)
+            with open(folder / name / "mirror.out", "ab") as output:
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                )  # fmt: skip
+        except OSError as error:
+            log(f"warning: MIRROR={name} cannot be started: {error.strerror or error}")
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -16,7 +16,7 @@ from parts.runs import alive, owner_of, read_metrics
 
 MARKS = (JOB, "metrics.jsonl", "config.json")  # any of these makes a folder a run's
 # What two runs of the same thing may differ in.
-LOCAL_SETTINGS = {"run_id", "runs_dir", "resume", "seed", "data_path", "tokenizer_path", "device", "cache_dir"}
+LOCAL_SETTINGS = {"run_id", "runs_dir", "resume", "seed", "data_path", "tokenizer_path", "device", "cache_dir", "mirror"}
 METRICS = {
     "score": "what eval.json reports: the last stage that was switched on",
     "experts": "the artifact with test-time training and experts",
