@@ -487,6 +487,13 @@ def test_tables_are_what_the_kept_files_say(file):
     assert records.with_tables(file) == file.read_text(), "stale: run `make records`"
 
 
+def test_the_picture_is_what_the_kept_files_say():
+    assert records.is_current(records.picture()), "stale: run `make records`"
+    svg = (ROOT / "records" / f"{records.PICTURE}.svg").read_text()
+    assert len(svg) < 100_000 and all(f">{line.label}</text>" in svg for line in records.picture().series)
+    assert f"(records/{records.PICTURE}.svg)" in (ROOT / "README.md").read_text()
+
+
 def test_every_kept_run_is_in_a_table():
     marked = {file.parent for file in records.marked_files()}
     assert {path.parent.parent for path in (ROOT / "records").glob("*/logs/metrics.jsonl")} <= marked
@@ -502,6 +509,7 @@ def test_a_kept_queue_is_in_the_tables(tmp_path):
     board = home / "README.md"
     board.write_text("<!-- make records: leaderboard -->\n<!-- end -->\n")
     job = {"variant": "base", "queue": "publish"}
+    assert records.picture(home) is None, "nothing is kept yet"
     runs = [
         kept(tmp_path / "runs" / f"base-s{seed}", score, seed, job, max_wallclock_seconds=300.0) for seed, score in ((1, 1.25), (2, 1.27))
     ]
@@ -519,12 +527,20 @@ def test_a_kept_queue_is_in_the_tables(tmp_path):
     assert folders == [home / "base" / "publish" / f"base-s{seed}" for seed in (1, 2)]
     assert sorted(path.name for path in folders[0].iterdir()) == ["config.json", "eval.json", "lab.json", "metrics.jsonl"], "no weights"
     assert records.with_tables(page, home) != page.read_text()
+    assert records.picture(home) is None, "one vocabulary's losses compare, and these runs say none"
     assert sorted(records.write_tables(home)) == [board, page] and records.write_tables(home) == []
     text = page.read_text()
     assert text.endswith("<!-- end -->\n\ntail\n") and "old" not in text
     assert "| val_bpb float, EMA | 1.2600 ± 0.0141 |" in text and "[eval.json 2](publish/base-s2/eval.json)" in text
     row = "| [base](base/) | 300 s, 1 × H100 | 1.2600 ± 0.0141 | 1.2300 ± 0.0000 | 1.2100 ± 0.0141 | 2 | 15,999,000 | 10 | 100 | pass |"
     assert row in board.read_text()
+    for folder in folders:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.writelines(
+                json.dumps({"event": "validation", "label": "raw", "step": n, "val_bpb": 9 / n, "elapsed": n}) + "\n" for n in (3, 4)
+            )
+    assert home / "curves.svg" in records.write_tables(home) and records.write_tables(home) == []
+    assert records.picture(home).series[0].ys == [3.0, 2.25] and ">base</text>" in (home / "curves.svg").read_text()
     with pytest.raises(UserError, match="is there already"):
         records.keep(read_runs([tmp_path / "runs"]), records=home)
     with pytest.raises(UserError, match="is not done"):

@@ -6,6 +6,7 @@ Okabe and Ito's, which readers with colour blindness tell apart; from the ninth 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from parts.lab.compare import group_runs
 from parts.lab.results import Result
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-STYLES = ("-", "--", ":", "-.")
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # of lines, and of marks
+LABEL_HEIGHT = 0.045  # of a name, as a share of the axes
 DIRECT_LABELS = 8  # more would not fit beside each other
-BEGIN = 0.02  # share of the run that loss curves leave out: the fall from ln(vocabulary) would take all of the height
+BEGIN = 0.05  # share of the run that loss curves leave out: the fall from ln(vocabulary) would take all of the height
 
 X_AXES = {"seconds": "seconds of training", "steps": "steps", "tokens": "training tokens"}
 
@@ -108,6 +110,11 @@ class Figure:
     x: str
     y: str
 
+    @property
+    def digest(self) -> str:
+        """Of what it shows, whatever draws it; the SVG has it in its metadata."""
+        return hashlib.sha256(repr([(line.label, line.xs, line.ys) for line in self.series]).encode()).hexdigest()
+
 
 def figures(runs: Sequence[Result], kinds: Sequence[str], xs: Sequence[str]) -> list[Figure]:
     """What was asked for and has anything to show."""
@@ -145,7 +152,7 @@ KINDS = ("loss", "val_bpb", "lr", "bytes", "seconds")
 
 
 def spread(wanted: Sequence[float], least: float) -> list[float]:
-    """Heights at least `least` apart, in the order of the wanted ones and as near to them as that allows."""
+    """Heights within 0 … 1 that are at least `least` apart, in the order of the wanted ones and as near to them as that allows."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     clusters: list[tuple[float, list[int]]] = []  # middle, members
     for i in order:
@@ -153,7 +160,8 @@ def spread(wanted: Sequence[float], least: float) -> list[float]:
         while clusters and middle - clusters[-1][0] < least * (len(members) + len(clusters[-1][1])) / 2:
             _, before = clusters.pop()
             members = before + members
-            middle = sum(wanted[j] for j in members) / len(members)
+            half = least * (len(members) - 1) / 2
+            middle = max(half, min(1 - half, sum(wanted[j] for j in members) / len(members)))
         clusters.append((middle, members))
     heights = [0.0] * len(wanted)
     for middle, members in clusters:
@@ -162,7 +170,7 @@ def spread(wanted: Sequence[float], least: float) -> list[float]:
     return heights
 
 
-def draw(figure: Figure, folder: Path) -> list[Path]:
+def draw(figure: Figure, folder: Path, suffixes: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Write folder/NAME.png and .svg -> their paths."""
     try:
         import matplotlib
@@ -180,10 +188,11 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
         try:
             _draw(figure, axes)
             written = []
-            for suffix in ("png", "svg"):
+            for suffix in suffixes:
                 path = folder / f"{figure.name}.{suffix}"
                 with atomic_write(path) as temporary:
-                    canvas.savefig(temporary, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
+                    told = {"Date": None, "Description": f"SHA-256 of the data: {figure.digest}"} if suffix == "svg" else None
+                    canvas.savefig(temporary, format=suffix, metadata=told)
                 written.append(path)
             return written
         finally:
@@ -196,42 +205,43 @@ def _draw(figure: Figure, axes) -> None:
     for series in figure.series:
         groups.setdefault(series.index, []).append(series)
     width = 1.0 if len(figure.series) > 2 * len(groups) else 1.5  # several seeds lie close together
-    for number, members in enumerate(groups.values()):
-        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+    for number, members in groups.items():
+        line, mark = STYLES[number // len(COLOURS) % len(STYLES)]
         for nth, series in enumerate(members):
-            mark = "o" if len(series.xs) == 1 else None
             axes.plot(
-                series.xs,
-                series.ys,
-                style,
-                color=colour,
-                marker=mark,
-                markersize=4.5,
-                linewidth=width,
-                label=series.label if not nth else None,
-            )
+                series.xs, series.ys, linestyle="" if marks else line, color=COLOURS[number % len(COLOURS)], linewidth=width,
+                marker=mark if len(series.xs) == 1 else None, markersize=4.5, label=series.label if not nth else None,
+            )  # fmt: skip
     axes.set_xlabel(figure.x)
     axes.set_ylabel(figure.y)
-    axes.margins(x=0.02 if not marks else 0.08)
-    if len(groups) > DIRECT_LABELS:
-        axes.legend(fontsize=7, ncols=2, frameon=False)
-        return
+    axes.margins(x=0.08 if marks else 0.02)
     if figure.x == X_AXES["tokens"]:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.0f}M")
-    last = [max(reversed(members), key=lambda series: series.xs[-1]) for members in groups.values()]
-    ends = [(series.label, series.xs[-1], series.ys[-1]) for series in last]
-    low, high = axes.get_ylim()
-    heights = spread([(y - low) / (high - low) for _, _, y in ends], 0.045)
-    right = max(x for _, x, _ in ends)
-    for number, ((label, x, y), height) in enumerate(zip(ends, heights)):
-        colour = COLOURS[number % len(COLOURS)]
-        if marks:
-            axes.annotate(label, (x, y), xytext=(5, 3), textcoords="offset points", color=colour)
-            continue
-        # Beside the axes, and joined to the line's end where that is elsewhere.
+    if len(groups) > DIRECT_LABELS:
+        axes.figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    else:
+        _label(axes, [max(reversed(members), key=lambda series: series.xs[-1]) for members in groups.values()], marks)
+
+
+def _label(axes, last: Sequence[Series], marks: bool) -> None:
+    """Names beside the axes, joined to their lines' ends; of marks, beside these, to the left where the axes end on the right."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    places = [((series.xs[-1] - left) / (right - left), (series.ys[-1] - low) / (high - low)) for series in last]
+    rightmost = max(x for x, _ in places)
+    columns = [round(5 * x) if marks else 0 for x, _ in places]  # names of marks stand in each other's way within one
+    heights = [0.0] * len(last)
+    for column in set(columns):
+        members = [i for i in range(len(last)) if columns[i] == column]
+        for i, height in zip(members, spread([places[i][1] for i in members], LABEL_HEIGHT)):
+            heights[i] = height
+    for series, (x, y), height in zip(last, places, heights):
+        colour = COLOURS[series.index % len(COLOURS)]
+        side = -1 if marks and x > 0.75 else 1
+        at = x + 0.02 * side if marks else 1.02
+        far = abs(height - y) > 0.01 or (not marks and x < rightmost)
         axes.annotate(
-            label, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if x < right or abs(height - (y - low) / (high - low)) > 0.01 else None,
+            series.label, (x, y), xytext=(at, height), xycoords="axes fraction", textcoords="axes fraction", color=colour, va="center",
+            ha="left" if side > 0 else "right", annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if far else None,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tables under records/, made of the kept files of runs. Nothing in them is typed: `make records` writes them, a test says when they are stale.
+"""Tables and the picture of records/, made of the kept files of runs. Nothing in them is typed: `make records` writes them, a test says when they are stale.
 
 A Markdown file marks where a table goes: everything between `<!-- make records: KIND -->` and `<!-- end -->` is generated.
 
@@ -13,6 +13,7 @@ A Markdown file marks where a table goes: everything between `<!-- make records:
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import statistics
@@ -21,10 +22,12 @@ from pathlib import Path
 
 from parts.files import UserError, atomic_write, read_json
 from parts.lab.compare import Group, Table, group_runs, markdown_table
+from parts.lab.plots import Figure, draw, figures, validations
 from parts.lab.queue import ROOT
 from parts.lab.results import METRICS, Result, find_runs, read_runs
 
 BLOCK = re.compile(r"(<!-- make records: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PICTURE, PICTURE_VOCABULARY = "curves", 8192  # README's, and most presets'
 # What is kept of a run: what its figures come from, and its logs. No weights.
 KEPT = ("lab.json", "config.json", "metrics.jsonl", "train.log", "quantize.json", "eval.json", "quantization_table.json")
 KEPT_LOGS = ("*.out", "quantize.log", "eval.log")
@@ -282,9 +285,29 @@ def marked_files(records: Path = ROOT / "records") -> list[Path]:
     return [file for file in files if file.is_file() and BLOCK.search(file.read_text(encoding="utf-8"))]
 
 
+def picture(records: Path = ROOT / "records") -> Figure | None:
+    """README's: each preset's longest kept run, by val_bpb where any was validated on its way, else by training loss.
+
+    The loss is of the runs with one vocabulary alone: nats a token do not compare between two.
+    """
+    groups = [group for config in sorted(records.glob("*/config.env")) for group in kept_groups(config.parent)[:1]]
+    runs = [run for group in groups for run in group.runs]
+    kind = "val_bpb"
+    if not any(len(line) > 1 for run in runs for line in validations(run)):
+        kind, runs = "loss", [run for run in runs if run.config.get("vocab_size") == PICTURE_VOCABULARY]
+    return next((dataclasses.replace(figure, name=PICTURE) for figure in figures(runs, [kind], ["seconds"])), None)
+
+
+def is_current(figure: Figure, records: Path = ROOT / "records") -> bool:
+    """Whether the picture under records/ shows the data of this one; with which matplotlib it was drawn does not matter."""
+    path = records / f"{figure.name}.svg"
+    return path.is_file() and figure.digest in path.read_text(encoding="utf-8")
+
+
 def write_tables(records: Path = ROOT / "records") -> list[Path]:
-    """Make every table anew -> the files that have changed."""
-    changed = []
+    """Make every table anew, and the picture where it is stale -> the files that have changed."""
+    figure = picture(records)
+    changed = draw(figure, records, ["svg"]) if figure and not is_current(figure, records) else []
     for file in marked_files(records):
         if (text := with_tables(file, records)) != file.read_text(encoding="utf-8"):
             with atomic_write(file) as temporary:
