@@ -752,7 +752,7 @@ def serve_artifact(path: Path, ctx: RunContext) -> None:
         if start["block"]:  # as much as will be asked for at once is what a forward should score
             cfg = cfg.replace(eval_batch_seqs=-(-start["block"] // cfg.eval.eval_stride))
         else:
-            cfg = audited(cfg, start["targets"], ctx)
+            cfg = auditable(cfg, start["targets"], ctx)
         table = ByteTable.from_tokenizer(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size))
         evaluator = ScoreFirstEvaluator(artifact.model, cfg, table, ctx)
         evaluator.compile(start["targets"], full=True, plain=False)
@@ -761,9 +761,9 @@ def serve_artifact(path: Path, ctx: RunContext) -> None:
     serve(begin)
 
 
-def audited(cfg: Config, targets: int, ctx: RunContext) -> Config:
-    """Settings of an evaluation that will be audited. Each drawn target costs the replica a forward: with batches no larger than this all of them cost
-    at most what scoring the text twice does, and the batch has to be the same on both sides."""
+def auditable(cfg: Config, targets: int, ctx: RunContext) -> Config:
+    """Settings of an evaluation that can be audited. Each drawn target costs the replica a forward: with batches no larger than this all of them cost
+    at most what scoring the text twice does. The batch has to be the same on both sides, and without an audit too: its size may move last bits."""
     fitting = max(1, 2 * targets // (cfg.eval.audit_samples * cfg.eval.eval_stride * ctx.world_size))
     seq_len = cfg.eval.eval_seq_len or cfg.train.train_seq_len
     return cfg.replace(eval_batch_seqs=min(fitting, eval_batch_size(cfg.eval, seq_len, ctx.device)))
@@ -941,7 +941,7 @@ class Evaluation:
         self.tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, limit=cfg.eval.eval_tokens)
         self.val_data = split_digest(cfg.run.data_path, "val")
         self.tokenizer = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
-        self.cfg = audited(cfg, len(self.tokens) - 1, ctx) if audit else cfg
+        self.cfg = auditable(cfg, len(self.tokens) - 1, ctx)
         byte_table = ByteTable.for_validation(self.tokenizer, cfg.run.data_path)
         self.evaluator = ScoreFirstEvaluator(self.artifact.model, self.cfg, byte_table, ctx)
         plan_windows(len(self.tokens) - 1, self.evaluator.seq_len, cfg.eval.eval_stride)  # refuses what leaves tokens out

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import clean_environment
 from test_pipeline import command
 
 import eval_ttt
@@ -440,6 +443,9 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
     assert "largest |recorded - blind|" in figures["causality"] and "audit: PASS" in printed
     assert "the ones in DATA_PATH" in figures["training text"]
     assert result["bytes_model"] == artifact.stat().st_size and f"val_bpb:{result['val_bpb']:.6f}" in printed
+
+    with mock.patch.dict(os.environ, clean_environment(**settings), clear=True):  # shapes, which may move last bits, are those of an audit
+        assert len({eval_ttt.Evaluation(artifact, RunContext(), audit).evaluator.batch for audit in (False, True)}) == 1
 
     # The same text judged by the referee: the same score, read from a submission that could see nothing of it ahead.
     (tmp_path / "raw.txt").write_bytes((Path(sysconfig.get_paths()["stdlib"]) / "bisect.py").read_bytes())
