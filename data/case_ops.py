@@ -49,8 +49,6 @@ def _lower(match: re.Match) -> str:
     rest = match[1]
     if rest is None:
         return CAPNEXT + found.lower()
-    if not rest or rest.islower():
-        return TITLE + found.lower()
     if rest.isupper():
         return ALLCAPS + found.lower()
     head = found[: len(found) - len(rest)].lower()

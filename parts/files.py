@@ -72,9 +72,18 @@ def cli(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, on failure remove it."""
+    """Yield a temporary path beside `path`; on success rename it over `path`, on failure remove it. Once it returns, a power cut takes neither
+    the contents nor the name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps the orphaned worker of a killed run out of its successor's way. What a kill left is known by its age.
@@ -85,9 +94,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
                 leftover.unlink()
     try:
         yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # a folder that may be written but not listed, a file system that syncs no folders
+            _sync(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk says only what, not where
         raise

@@ -218,9 +218,11 @@ def test_lockstep_is_the_parallel_forward(kind):
         tested.reveal(t, table[:, t])
 
 
-def test_one_stream_scores_as_the_evaluation_does():
-    """Windows, updates, counts and order of `eval_ttt.py`, which scores the same targets in parallel."""
-    settings = dict(experts="tilt,ngram,calibration", eval_seq_len=24, eval_stride=8, ttt_chunk_tokens=32, expert_block_tokens=16)
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_one_stream_scores_as_the_evaluation_does(chunk):
+    """Windows, updates, counts and order of `eval_ttt.py`, which scores the same targets in parallel. An update in the middle of a window
+    makes what is remembered of it another model's."""
+    settings = dict(experts="tilt,ngram,calibration", eval_seq_len=24, eval_stride=8, ttt_chunk_tokens=chunk, expert_block_tokens=16)
     tokens = stream(24 + 8 * 6 + 1)
     streams = Streams.cut(tokens.numpy().astype(np.int64), 1)
     tested = lockstep(streams, **settings)
@@ -258,6 +260,14 @@ def test_what_is_written_is_read(form):
 
     decoded, _ = transmit(lockstep(streams, **settings), Channel(words), None, same, lambda count: None)
     assert np.array_equal(streams.collect(decoded), tokens)
+
+
+def test_experts_count_each_token_once_and_no_stream_that_has_ended():
+    tokens = documents(100)
+    streams = Streams.cut(tokens, 7)
+    tested = lockstep(streams, ttt_mode="off", experts="ngram", expert_block_tokens=7)  # a block is a step
+    transmit(tested, Channel(), streams.deal(tokens), lambda t, probs: None, lambda count: None)
+    assert np.ptp(streams.targets) > 0 and tested.mixture.history.tokens == streams.targets.sum()
 
 
 def test_documents_scored_from_their_own_first_token_do_not_see_each_other():
@@ -430,6 +440,19 @@ def test_a_proof_is_made_by_a_process_that_cannot_read_the_text(artifact, clean,
     assert proof["restored"] and proof["apart"]["files"] and proof["apart"]["network"] and written["val_bpb"] == 1.5
     assert written["bytes_file"] == coded.stat().st_size and written["val_bpb_file"] == 8 * written["bytes_file"] / proof["text_bytes"]
     assert 100 < proof["text_bytes"] < 1000 and "the same text" in capfd.readouterr().out
+
+
+def test_a_proof_fails_where_another_text_comes_back(artifact, clean, monkeypatch, tmp_path, capsys):
+    (tmp_path / "artifact.bin").write_bytes(artifact.read_bytes())
+
+    def another(command, cell, **options):
+        (cell / "restored").write_bytes(b"another")
+        return {"files": True, "network": True}
+
+    monkeypatch.setattr(codec, "run_apart", another)
+    monkeypatch.setenv("EVAL_TOKENS", "60")
+    assert codec.prove_command(tmp_path / "artifact.bin", tmp_path / "eval.json") == 1
+    assert "ANOTHER TEXT" in capsys.readouterr().out and not (tmp_path / "validation.coded").exists()
 
 
 def test_the_validation_text_is_what_a_proof_compresses(dataset, clean, monkeypatch, tmp_path):

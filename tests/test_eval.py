@@ -296,11 +296,24 @@ def test_a_text_that_comes_piece_by_piece_gets_the_same_distributions_to_the_bit
         end = min(start + 40, 149)
         ours.feed(text[ours.known : end])
         rows = ours.rows(start, end)
-        for cut in sorted(set(generator.integers(start, end, 2).tolist())):
+        last_of_documents = [at for at in range(start, end) if text[at + 1] == BOS_ID]
+        for cut in sorted({*generator.integers(start, end, 2).tolist(), *last_of_documents}):
             theirs.feed(text[theirs.known : cut + 1])
             assert np.array_equal(theirs.rows(cut, cut + 1)[0], rows[cut - start]), cut
         recorded = whole.ledger.nll[start:end].numpy()
         assert np.abs(np.log(rows[range(end - start), text[start + 1 : end + 1]]) + recorded).max() < audit.SCORE_TOLERANCE
+
+
+def test_a_forward_sees_few_shapes():
+    """Whole batches throughout, however many windows there are, and tails of two widths."""
+    tested, shapes = evaluator(config(ttt_mode="off")), set()
+    run = tested.forward.graphed.function
+    tested.forward.graphed.function = lambda inputs, *rest, score_last: (
+        shapes.add((*inputs.shape, score_last)) or run(inputs, *rest, score_last=score_last)
+    )
+    for length in (20, 150, 163):
+        tested.run(stream(length))
+    assert shapes == {(3, 24, 24), (3, 24, 8)}
 
 
 ALONE = {"ttt_mode": "off"}
@@ -445,7 +458,14 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
     assert result["bytes_model"] == artifact.stat().st_size and f"val_bpb:{result['val_bpb']:.6f}" in printed
 
     with mock.patch.dict(os.environ, clean_environment(**settings), clear=True):  # shapes, which may move last bits, are those of an audit
-        assert len({eval_ttt.Evaluation(artifact, RunContext(), audit).evaluator.batch for audit in (False, True)}) == 1
+        sessions, mine = [], [eval_ttt.Evaluation(artifact, RunContext(), audit).evaluator.batch for audit in (False, True)]
+        start = {"vocab_size": 512, "targets": result["tokens_scored"], "block": 0}
+        with mock.patch.object(eval_ttt, "serve", lambda begin: sessions.append(begin(start))):
+            eval_ttt.serve_artifact(artifact, RunContext())
+            assert len({*mine, sessions[0].evaluator.batch}) == 1
+            start["vocab_size"] = 511
+            with pytest.raises(UserError, match="the text's vocabulary is 511, the artifact's 512"):
+                eval_ttt.serve_artifact(artifact, RunContext())
 
     # The same text judged by the referee: the same score, read from a submission that could see nothing of it ahead.
     (tmp_path / "raw.txt").write_bytes((Path(sysconfig.get_paths()["stdlib"]) / "bisect.py").read_bytes())

@@ -96,6 +96,14 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
         assert read_json(path) is None
 
 
+def test_a_file_is_on_the_disk_before_its_name_is_and_then_the_name(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("renamed") or replace(*paths))
+    write_json(tmp_path / "value.json", {})
+    assert done == [(tmp_path / "value.json").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
 def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "a[1].json"
     names = {"old": ".a[1].json.77.tmp", "of a live process": ".a[1].json.78.tmp", "of another file": ".b.json.77.tmp"}

@@ -500,6 +500,24 @@ def test_broken_weights_are_never_saved(train, monkeypatch, settings):
     assert not list(train.folder("wild").rglob("*.safetensors"))
 
 
+def test_a_step_that_fails_in_its_update_is_not_saved(train, monkeypatch):
+    """Some parameters have moved and others have not: no state of any step."""
+    step = T.Optimizers.step
+
+    def failing(optimizers, *scales):
+        step(optimizers, *scales)
+        if failing.calls == 3:
+            raise MemoryError("no memory")
+        failing.calls += 1
+
+    failing.calls = 0
+    monkeypatch.setattr(T.Optimizers, "step", failing)
+    with pytest.raises(MemoryError):
+        train(RUN_ID="torn", CHECKPOINT_EVERY=2)
+    (kept,) = T.list_checkpoints(train.folder("torn"))
+    assert kept.name == "step_0000002.safetensors"
+
+
 def test_reported_score_is_that_of_the_saved_float_weights(train, dataset):
     """QAT's imitation is off while validating."""
     folder, _ = train(RUN_ID="qat", QAT_LAST_FRAC=1, QAT_BITS=3, EMA_DECAY=0)
