@@ -358,11 +358,13 @@ class ScoreFirstEvaluator:
     counted only once it is scored; then train on it. Every score and every use is written to the ledger where it happens.
     """
 
-    def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext):
+    def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext, stretch: int = 0):
+        """stretch: targets whose windows are read together; 0: as many as fill a batch of every rank."""
         self.cfg, self.vocab_size, self.ctx = cfg.eval, cfg.model.vocab_size, ctx
         self.byte_table = byte_table.to(ctx.device)
         self.seq_len = cfg.eval.eval_seq_len or cfg.train.train_seq_len
         self.batch = eval_batch_size(cfg.eval, self.seq_len, ctx.device)
+        self.stretch = stretch or self.batch * cfg.eval.eval_stride * ctx.world_size
         forward = maybe_compile(model, cfg.run)
         self.compiled = forward is not model
         self.forward = FewShapes(model, forward, self.batch, cfg.eval.eval_stride, self.seq_len, cfg.run.cuda_graphs)
@@ -385,9 +387,9 @@ class ScoreFirstEvaluator:
         return evaluate(self.forward, tokens, self.byte_table, self.cfg, self.ctx, self.seq_len, self.cfg.eval_stride)
 
     def compile(self, targets: int, full: bool = False, plain: bool = True) -> float:
-        """Have every graph of an evaluation of `targets` targets compiled, so that the rates reported are the evaluation's own; returns the
-        seconds it took. On made-up tokens: what is evaluated is not seen before it is scored. plain: the sliding pass too."""
-        if not self.compiled:
+        """Have every graph of an evaluation of `targets` targets compiled and recorded, so that the rates reported are the evaluation's own;
+        returns the seconds it took. On made-up tokens: what is evaluated is not seen before it is scored. plain: the sliding pass too."""
+        if not self.compiled and self.ctx.device.type == "cpu":
             return 0.0
         began = time.perf_counter()
         size = min(targets, self.seq_len + (self.batch + 1) * self.cfg.eval_stride * self.ctx.world_size) + 1
@@ -429,7 +431,7 @@ class WindowReader:
         self.evaluator, self.cfg, self.ctx, self.tokens, self.full = evaluator, evaluator.cfg, evaluator.ctx, tokens, full
         self.windows = plan_windows(len(tokens) - 1, evaluator.seq_len, self.cfg.eval_stride)
         self.begins = [window.score_from for window in self.windows]
-        self.stretch = evaluator.batch * self.cfg.eval_stride * self.ctx.world_size  # targets whose windows fill every rank's batch
+        self.stretch = evaluator.stretch
         self.chunk: Chunk | None = None
         self.ahead: list[tuple[int, int, Tensor, Tensor]] = []  # (start, known then, positions, values) of the last stretches
 
@@ -572,7 +574,10 @@ class Session:
             elif upto < last:
                 raise AssertionError("a block whose tokens are all known was not finished")
             first = upto
-        return torch.cat(parts).cpu()
+        rows = torch.cat(parts)
+        if rows.device.type == "cpu":
+            return rows
+        return torch.empty(rows.shape, pin_memory=True).copy_(rows)  # pageable memory would take as long as the forward
 
     def close(self) -> EvaluationTrace:
         trace, tokens = self.trace, self.tokens
@@ -749,12 +754,14 @@ def serve_artifact(path: Path, ctx: RunContext) -> None:
         cfg = artifact.cfg
         if start["vocab_size"] != cfg.model.vocab_size:
             raise UserError(f"the text's vocabulary is {start['vocab_size']}, the artifact's {cfg.model.vocab_size}")
-        if start["block"]:  # as much as will be asked for at once is what a forward should score
-            cfg = cfg.replace(eval_batch_seqs=-(-start["block"] // cfg.eval.eval_stride))
+        if start["block"]:
+            # What will be asked for at once is what a forward should score. By document, where most of a text lies in its documents'
+            # first windows, half as many windows nearly always do.
+            cfg = cfg.replace(eval_batch_seqs=-(-start["block"] // (cfg.eval.eval_stride * (1 + cfg.eval.by_document))))
         else:
             cfg = auditable(cfg, start["targets"], ctx)
         table = ByteTable.from_tokenizer(load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size))
-        evaluator = ScoreFirstEvaluator(artifact.model, cfg, table, ctx)
+        evaluator = ScoreFirstEvaluator(artifact.model, cfg, table, ctx, start["block"])
         evaluator.compile(start["targets"], full=True, plain=False)
         return evaluator.session(start["targets"])
 

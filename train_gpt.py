@@ -1127,9 +1127,59 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> T
     The query heads of a KV head become rows of one product, so that the caches are read once and never copied.
     """
     heads, kv_heads = q.size(2), keys.size(1)
-    grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,Hkv,G*T,D]
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask.repeat(1, 1, heads // kv_heads, 1))
-    return out.unflatten(2, (-1, q.size(1))).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(_group_heads(q, kv_heads), keys, values, attn_mask=mask.repeat(1, 1, heads // kv_heads, 1))
+    return _split_heads(out, q.size(1))
+
+
+def _group_heads(q: Tensor, kv_heads: int) -> Tensor:
+    """[B,T,H,D] -> [B,Hkv,G*T,D]."""
+    return q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _split_heads(x: Tensor, length: int) -> Tensor:
+    """[B,Hkv,G*T,D] -> [B,T,H,D]."""
+    return x.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b [B,Hkv,…] in float32, whatever their type: scores rounded to bfloat16 would be no scores."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+
+
+class CachedAttention(torch.autograd.Function):
+    """`cached_attention` with gradients for the positions at hand, whose keys and values k, v [B,T,Hkv,D] are in the caches already, in `slots` [T].
+
+    What was remembered earlier is constant, and a fused kernel's backward spends nine tenths of its time on the gradients of all of it. The
+    caches are kept for the backward as they lie in memory: what is written to them until then goes to other layers' or to masked slots.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        grouped, groups = _group_heads(q, keys.size(1)), q.size(2) // keys.size(1)
+        scores = _wide_product(grouped, keys.mT) * q.size(-1) ** -0.5
+        weights = scores.masked_fill_(~mask.repeat(1, 1, groups, 1), float("-inf")).softmax(-1).to(q.dtype)
+        return _split_heads(weights @ values, q.size(1)), weights
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        q, _, _, ctx.keys, ctx.values, _, slots = inputs
+        out, weights = output
+        ctx.mark_non_differentiable(weights)
+        ctx.save_for_backward(q, out, weights, slots)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor, _: Tensor) -> tuple:
+        q, out, weights, slots = ctx.saved_tensors
+        kv_heads, length, scale = ctx.keys.size(1), q.size(1), q.size(-1) ** -0.5
+        grouped, d_grouped = _group_heads(q, kv_heads), _group_heads(d_out, kv_heads)
+        delta = _group_heads((d_out.float() * out.float()).sum(-1, keepdim=True), kv_heads)
+        d_scores = (weights * (_wide_product(d_grouped, ctx.values.mT) - delta) * scale).to(q.dtype)
+        d_q = _split_heads(d_scores @ ctx.keys, length)
+        d_k = d_scores.index_select(-1, slots).mT @ grouped  # [B,Hkv,T,D]
+        d_v = weights.index_select(-1, slots).mT @ d_grouped
+        return d_q, d_k.transpose(1, 2), d_v.transpose(1, 2), None, None, None, None
 
 
 def naive_attention(
@@ -1539,8 +1589,9 @@ class ForwardContext:
         length = x.size(1)
         return [padded[:, count - n : count - n + length] * self.continues[n - 1][..., None].to(x.dtype) for n in range(1, count + 1)]
 
-    def cache(self, k: Tensor, v: Tensor, window: int, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Write k, v [B,T,Hkv,D] to this call's caches and return those [B,Hkv,S,D]: position p is in slot p mod (S without the sink's)."""
+    def cache(self, k: Tensor, v: Tensor, window: int, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Write k, v [B,T,Hkv,D] to this call's caches; those [B,Hkv,S,D], and the slots that were written [T or less]: position p is in slot
+        p mod (S without the sink's)."""
         state, length = self.state, k.size(1)
         _, size = state.reach(window)
         kept = min(length, size)
@@ -1549,13 +1600,11 @@ class ForwardContext:
         caches = []
         for name, x in (("k", k), ("v", v)):
             x = x.transpose(1, 2)[:, :, length - kept :]
-            memory = state.slot((self.call, name), x[:, :, :1].expand(-1, -1, size + (sink is not None), -1))
-            caches.append(memory.index_copy(2, slots, x) if torch.is_grad_enabled() else memory)
-            memory.index_copy_(2, slots, x.detach())
+            caches.append(state.slot((self.call, name), x[:, :, :1].expand(-1, -1, size + (sink is not None), -1)))
+            caches[-1].index_copy_(2, slots, x.detach())
         if sink is not None:  # the last slot; its value stays zero
-            for cache in (caches[0], state.slots[self.call, "k"][state.rows]):
-                cache[:, :, size] = sink.detach().to(k.dtype)
-        return caches[0], caches[1]
+            caches[0][:, :, size] = sink.detach().to(k.dtype)
+        return caches[0], caches[1], slots
 
     def cache_mask(self, length: int, window: int, size: int, sink: bool) -> Tensor:
         """Boolean [1 or B, 1, T, S]: which slots of a cache the T positions just written may see. As `attention_mask`."""
@@ -1624,9 +1673,11 @@ class CausalAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.state is not None:
-            keys, values = ctx.cache(k, v, self.window, self.sink)
+            keys, values, slots = ctx.cache(k, v, self.window, self.sink)
             if ctx.goes_on:
                 mask = ctx.cache_mask(q.size(1), self.window, keys.size(2), self.sink is not None)
+                if torch.is_grad_enabled():
+                    return CachedAttention.apply(q, k, v, keys, values, mask, slots)[0]
                 return cached_attention(q, keys, values, mask)
         backend = ctx.kernels.windowed if self.windowed else ctx.kernels.full
         return attention(

@@ -145,7 +145,7 @@ class Replica:
     def _receive_line(self) -> dict:
         line = bytearray()
         while not line.endswith(b"\n"):
-            line += self._receive(1)
+            line += self._receive(1).tobytes()
             if len(line) > 4096:
                 raise self._failure("does not speak the protocol")
         try:
@@ -156,8 +156,8 @@ class Replica:
             raise self._failure("does not speak the protocol") from None
         return message
 
-    def _receive(self, size: int) -> bytearray:
-        data, stream = bytearray(size), self.process.stdout.fileno()
+    def _receive(self, size: int) -> np.ndarray:
+        data, stream = np.empty(size, np.uint8), self.process.stdout.fileno()
         view = memoryview(data)
         while view:
             if not select.select([stream], [], [], ANSWER_SECONDS)[0]:
