@@ -1,14 +1,26 @@
-"""Several ranks and nodes as a user starts them: what their exchanges cost."""
+"""Several ranks and nodes as a user starts them: what their exchanges cost, one that dies, the launch scripts."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from conftest import ROOT, clean_environment
 
 import train_gpt as T
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
 
 SHORT_BENCHMARK = """
 import sys
@@ -46,3 +58,125 @@ def test_the_benchmark_says_what_exchanges_between_ranks_cost(launch, tmp_path):
     for kind, share in carried.items():
         cost = phase["collectives"][kind]
         assert abs(cost["bus_gb_per_second"] * 1e6 * cost["alone_ms"] / cost["bytes"] - share) < 1e-6
+
+
+DYING = """
+import os, signal
+import train_gpt
+from parts.files import cli
+step = train_gpt.Trainer.run_step
+def dying(trainer, progress):
+    if trainer.state.step == 3 and trainer.ctx.rank == 1:
+        HOW
+    return step(trainer, progress)
+train_gpt.Trainer.run_step = dying
+cli(train_gpt.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL) received"), ("raise ValueError('of rank 1')", "ValueError: of rank 1")],
+)
+def test_a_rank_that_dies_takes_the_job_down_and_says_so(launch, tmp_path, how, message):
+    """Killed, or by a fault of its own: the job ends, its message is there, and so is the state of the last whole step."""
+    (tmp_path / "dying.py").write_text(DYING.replace("HOW", how))
+    settings = {**launch.settings, "RUNS_DIR": launch.runs, "RUN_ID": "run", "LAYER_PATTERN": "AT", "ITERATIONS": 100000, "DEVICE": "cpu"}
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(tmp_path / "dying.py")]
+    environment = clean_environment(**settings, PYTHONPATH=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-3000:]
+    assert "lost touch with another rank" in done.stderr and "RESUME=1 RUN_ID=run continues from" in done.stderr
+    folder = launch.runs / "run"
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert T.load_tensors(checkpoint)[1]["step"] == 3
+    assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints", "config.json", "metrics.jsonl", "train.log"}
+
+
+# ---- launch scripts, with stand-ins for what only a cluster has ----
+
+
+def stand_ins(tmp_path, **scripts: str) -> dict:
+    """An environment in which these commands come first, and the suite's Python serves; what they note goes to $NOTES."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "NOTES": tmp_path, "PYTHON": sys.executable}
+
+
+def as_arguments(settings: dict) -> list[str]:
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+def over_ssh(*arguments: str, **environment) -> subprocess.CompletedProcess:
+    environment = clean_environment(**environment)
+    return subprocess.run([ROOT / "launch/ssh.sh", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+def test_two_hosts_train_over_ssh(launch, tmp_path):
+    settings = {**launch.settings, "RUNS_DIR": tmp_path / "a b", "RUN_ID": "run", "LAYER_PATTERN": "AT", "ITERATIONS": 3, "DEVICE": "cpu"}
+    environment = stand_ins(tmp_path, ssh='echo "$*" >> "$NOTES/calls"; exec bash -c "${@: -1}"')
+    done = over_ssh("localhost", "me@127.0.0.1", "--", *as_arguments(settings), **environment, GPUS=1, MASTER_PORT=free_port())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert T.load_run(tmp_path / "a b" / "run")[2]["world_size"] == 2
+    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    assert [call.split(" cd ")[0] for call in calls] == ["-tt -o BatchMode=yes localhost", "-tt -o BatchMode=yes me@127.0.0.1"]
+
+
+def test_a_host_that_cannot_be_reached_ends_the_others(tmp_path):
+    ssh = '[ "$4" = there ] && { echo $$ > "$NOTES/there"; exec tail -f /dev/null; }; until [ -s "$NOTES/there" ]; do :; done; exit 255'
+    done = over_ssh("there", "away", "--", "RUN_ID=run", **stand_ins(tmp_path, ssh=ssh), GRACE="0.1")
+    assert done.returncode == 255
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "there").read_text()), 0)
+    assert over_ssh("node1", "node2").returncode == 2  # no settings: not taken for a start with all defaults
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for thread in Path(f"/proc/{pid}/task").iterdir() for child in (thread / "children").read_text().split()]
+    return children + [each for child in children for each in descendants(child)]
+
+
+# A job of two nodes on this machine: the first step (training) runs on both, the others are noted.
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+[[ $* == *train_gpt.py* ]] || { echo "${*#*--rdzv-endpoint }" >> "$NOTES/steps"; exit; }
+echo $$ > "$NOTES/srun"
+"$@" & first=$!
+"$@" & second=$!
+wait $first && wait $second
+"""
+SCONTROL = 'if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$NOTES/requeued"; fi'
+
+
+def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(launch, tmp_path):
+    """SIGUSR1 reaches all that the step runs, torchrun's agents too, and only training acts on it."""
+    script = ROOT / "launch/slurm.sh"
+    assert "#SBATCH --signal=USR1@120\n" in script.read_text()  # without B:, which would tell the batch script alone
+    settings = {**launch.settings, "RUNS_DIR": launch.runs, "RUN_ID": "run", "LAYER_PATTERN": "AT", "TRAIN_LOG_EVERY": 1, "DEVICE": "cpu"}
+    slurm = {"SLURM_JOB_ID": 20000 + free_port() % 20000, "SLURM_NNODES": 2, "SLURM_GPUS_ON_NODE": 1, "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = clean_environment(**stand_ins(tmp_path, srun=SRUN, scontrol=SCONTROL), **slurm)
+
+    def job(**more) -> subprocess.Popen:
+        command = ["bash", script, *as_arguments({**settings, **more})]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    first = job(ITERATIONS=100000)
+    for line in first.stdout:
+        if line.startswith("step:3/"):
+            for pid in descendants(int((tmp_path / "srun").read_text())):
+                os.kill(pid, signal.SIGUSR1)
+    assert first.wait(timeout=60) == 0 and (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
+    assert not (tmp_path / "steps").exists()
+    (checkpoint,) = (launch.runs / "run" / "checkpoints").iterdir()
+    reached = T.load_tensors(checkpoint)[1]["step"]
+    second = job(ITERATIONS=reached + 2)
+    output = second.communicate(timeout=100)[0]
+    assert second.returncode == 0, output[-3000:]
+    assert f"resume: step {reached}" in output
+    meta = T.load_run(launch.runs / "run")[2]
+    assert (meta["steps"], meta["world_size"]) == (reached + 2, 2)
+    steps = [step.split(maxsplit=1)[1] for step in (tmp_path / "steps").read_text().splitlines()]
+    assert steps == [f"quantize.py {launch.runs}/run", f"eval_ttt.py {launch.runs}/run --audit"]
