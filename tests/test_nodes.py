@@ -139,40 +139,41 @@ def descendants(pid: int) -> list[int]:
     return children + [each for child in children for each in descendants(child)]
 
 
-# A job of two nodes on this machine: the first step (training) runs on both, the others are noted.
+# A step of nodes that are all this machine: training runs on each, the steps after it are noted.
 SRUN = """
 while [[ $1 == --* ]]; do shift; done
-[[ $* == *train_gpt.py* ]] || { echo "${*#*--rdzv-endpoint }" >> "$NOTES/steps"; exit; }
+all=$*
+[[ $all == *train_gpt.py* ]] || { echo "${all#*--rdzv-endpoint }" >> "$NOTES/steps"; exit; }
 echo $$ > "$NOTES/srun"
-"$@" & first=$!
-"$@" & second=$!
-wait $first && wait $second
+for ((node = 0; node < SLURM_NNODES; node++)); do "$@" & done
+for ((node = 0; node < SLURM_NNODES; node++)); do wait -n || exit; done
 """
 SCONTROL = 'if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$NOTES/requeued"; fi'
 
 
 def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(launch, tmp_path):
-    """SIGUSR1 reaches all that the step runs, torchrun's agents too, and only training acts on it."""
+    """SIGUSR1 reaches all that the step runs, torchrun's agents too, and only training acts on it. The run then goes on, here on two nodes."""
     script = ROOT / "launch/slurm.sh"
     assert "#SBATCH --signal=USR1@120\n" in script.read_text()  # without B:, which would tell the batch script alone
     settings = {**launch.settings, "RUNS_DIR": launch.runs, "RUN_ID": "run", "LAYER_PATTERN": "AT", "TRAIN_LOG_EVERY": 1, "DEVICE": "cpu"}
-    slurm = {"SLURM_JOB_ID": 20000 + free_port() % 20000, "SLURM_NNODES": 2, "SLURM_GPUS_ON_NODE": 1, "SLURM_JOB_NODELIST": "node[1-2]"}
-    environment = clean_environment(**stand_ins(tmp_path, srun=SRUN, scontrol=SCONTROL), **slurm)
+    environment = stand_ins(tmp_path, srun=SRUN, scontrol=SCONTROL)
+    environment |= {"SLURM_JOB_ID": free_port(), "SLURM_GPUS_ON_NODE": 1, "SLURM_JOB_NODELIST": "node[1-2]"}
 
-    def job(**more) -> subprocess.Popen:
+    def job(nodes: int, **more) -> subprocess.Popen:
         command = ["bash", script, *as_arguments({**settings, **more})]
-        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        slurm = clean_environment(**environment, SLURM_NNODES=nodes)
+        return subprocess.Popen(command, env=slurm, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    first = job(ITERATIONS=100000)
+    first = job(1, ITERATIONS=100000)
     for line in first.stdout:
         if line.startswith("step:3/"):
             for pid in descendants(int((tmp_path / "srun").read_text())):
                 os.kill(pid, signal.SIGUSR1)
-    assert first.wait(timeout=60) == 0 and (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
+    assert first.wait(timeout=60) == 0 and (tmp_path / "requeued").read_text() == f"requeue {environment['SLURM_JOB_ID']}\n"
     assert not (tmp_path / "steps").exists()
     (checkpoint,) = (launch.runs / "run" / "checkpoints").iterdir()
     reached = T.load_tensors(checkpoint)[1]["step"]
-    second = job(ITERATIONS=reached + 2)
+    second = job(2, ITERATIONS=reached + 2)
     output = second.communicate(timeout=100)[0]
     assert second.returncode == 0, output[-3000:]
     assert f"resume: step {reached}" in output
