@@ -13,8 +13,6 @@ from conftest import ROOT, clean_environment
 
 import train_gpt as T
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -22,22 +20,34 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-SHORT_BENCHMARK = """
-import sys
+# Two ranks of one process that has imported everything: what a test of ranks alone costs is the import.
+FORKED = """
+import os, signal, sys
 import train_gpt
-train_gpt.Benchmark.SECONDS = 0
-sys.argv = ["train_gpt.py", "--bench"]
-train_gpt.main()
+from parts.files import cli
+FIRST
+sys.argv = ["train_gpt.py", *sys.argv[1:]]
+for rank in range(2):
+    if not os.fork():
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        cli(train_gpt.main)
+codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)]
+sys.exit(max(map(abs, codes)))
 """
+
+
+def two_ranks(tmp_path, *arguments: str, first: str = "", **settings) -> subprocess.CompletedProcess:
+    """train_gpt.py on two ranks without torchrun, after the statements `first`."""
+    (tmp_path / "ranks.py").write_text(FORKED.replace("FIRST", first))
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": ROOT}
+    command = [sys.executable, str(tmp_path / "ranks.py"), *arguments]
+    return subprocess.run(command, env=clean_environment(**settings, **group), capture_output=True, text=True, timeout=100)
 
 
 def test_the_benchmark_says_what_exchanges_between_ranks_cost(launch, tmp_path):
     """Calls and bytes of every kind as the model's shapes give them; each rank sends as much as it must, and no more."""
-    (tmp_path / "short.py").write_text(SHORT_BENCHMARK)
     settings = {**launch.settings, "RUNS_DIR": tmp_path, "RUN_ID": "two", "LAYER_PATTERN": "AT", "MICRO_BATCH_TOKENS": 128, "DEVICE": "cpu"}
-    environment = clean_environment(**settings, PYTHONPATH=ROOT)
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(tmp_path / "short.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = two_ranks(tmp_path, "--bench", first="train_gpt.Benchmark.SECONDS = 0", **settings)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "bench-two.json").read_text())
     (phase,) = report["phases"].values()
@@ -61,36 +71,38 @@ def test_the_benchmark_says_what_exchanges_between_ranks_cost(launch, tmp_path):
 
 
 DYING = """
-import os, signal
-import train_gpt
-from parts.files import cli
 step = train_gpt.Trainer.run_step
 def dying(trainer, progress):
     if trainer.state.step == 3 and trainer.ctx.rank == 1:
         HOW
     return step(trainer, progress)
 train_gpt.Trainer.run_step = dying
-cli(train_gpt.main)
 """
+ENDLESS = {"RUN_ID": "run", "LAYER_PATTERN": "AT", "ITERATIONS": 100000, "DEVICE": "cpu"}
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL) received"), ("raise ValueError('of rank 1')", "ValueError: of rank 1")],
-)
-def test_a_rank_that_dies_takes_the_job_down_and_says_so(launch, tmp_path, how, message):
-    """Killed, or by a fault of its own: the job ends, its message is there, and so is the state of the last whole step."""
-    (tmp_path / "dying.py").write_text(DYING.replace("HOW", how))
-    settings = {**launch.settings, "RUNS_DIR": launch.runs, "RUN_ID": "run", "LAYER_PATTERN": "AT", "ITERATIONS": 100000, "DEVICE": "cpu"}
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(tmp_path / "dying.py")]
-    environment = clean_environment(**settings, PYTHONPATH=ROOT)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and message in done.stderr, done.stderr[-3000:]
+def assert_that_it_ended_well(done: subprocess.CompletedProcess, message: str, folder: Path) -> None:
+    """The dead rank's message and the other's are there, and so is the state of the last whole step: nothing else, nothing half-written."""
+    assert done.returncode > 0 and message in done.stderr, done.stderr[-3000:]
     assert "lost touch with another rank" in done.stderr and "RESUME=1 RUN_ID=run continues from" in done.stderr
-    folder = launch.runs / "run"
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert T.load_tensors(checkpoint)[1]["step"] == 3
     assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints", "config.json", "metrics.jsonl", "train.log"}
+
+
+def test_a_rank_with_a_fault_takes_the_job_down(launch, tmp_path):
+    settings = {**launch.settings, "RUNS_DIR": launch.runs, **ENDLESS}
+    done = two_ranks(tmp_path, first=DYING.replace("HOW", "raise ValueError('of rank 1')"), **settings)
+    assert_that_it_ended_well(done, "ValueError: of rank 1", launch.runs / "run")
+
+
+def test_a_killed_rank_takes_the_job_down(launch, tmp_path):
+    script = "import os, signal, train_gpt\nfrom parts.files import cli\n" + DYING + "cli(train_gpt.main)\n"
+    (tmp_path / "dying.py").write_text(script.replace("HOW", "os.kill(os.getpid(), signal.SIGKILL)"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "dying.py")]
+    environment = clean_environment(**{**launch.settings, "RUNS_DIR": launch.runs, **ENDLESS}, PYTHONPATH=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert_that_it_ended_well(done, "Signal 9 (SIGKILL) received", launch.runs / "run")
 
 
 # ---- launch scripts, with stand-ins for what only a cluster has ----
