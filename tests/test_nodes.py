@@ -12,6 +12,9 @@ import pytest
 from conftest import ROOT, clean_environment
 
 import train_gpt as T
+from parts.files import UserError
+from parts.predict import main as predict_main
+from parts.predict import predict
 
 
 def free_port() -> int:
@@ -193,3 +196,42 @@ def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(launch, tmp_p
     assert (meta["steps"], meta["world_size"]) == (reached + 2, 2)
     steps = [step.split(maxsplit=1)[1] for step in (tmp_path / "steps").read_text().splitlines()]
     assert steps == [f"quantize.py {launch.runs}/run", f"eval_ttt.py {launch.runs}/run --audit"]
+
+
+# ---- the prediction ----
+
+
+def benchmark_of(ranks: int, tokens: int) -> dict:
+    """What --bench reports where a step is exactly the sum that the prediction takes it for."""
+    micro_batches, exchanged = tokens / ranks / 1000, 1.6 * (1 - 1 / ranks)
+    phases = {}
+    for phase, compute in (("plain at 64", 80.0), ("looping at 64", 120.0)):
+        step = micro_batches * compute + 1.5 + 0.8 / ranks + exchanged + 0.3 * (ranks > 1)
+        costs = {"gradients": {"exposed_ms": 0.75 * exchanged}, "Muon's updates": {"exposed_ms": 0.25 * exchanged}}
+        phases[phase] = {
+            "milliseconds": step, "tokens_per_second": 1000 * tokens / step, "parts_ms": {"optimizer": 1.5 + 0.8 / ranks},
+            "collectives": {**costs, "clock, stop (host)": {"exposed_ms": 50.0}} if ranks > 1 else {},
+        }  # fmt: skip
+    return {"world_size": ranks, "tokens_a_step": tokens, "micro_batch_tokens": 1000, "phases": phases}
+
+
+@pytest.mark.parametrize("few", [benchmark_of(2, 8000), benchmark_of(2, 2000), benchmark_of(4, 8000)])
+def test_a_step_on_eight_is_predicted_from_one_and_a_few(few):
+    truth = benchmark_of(8, 8000)
+    for phase, row in predict(benchmark_of(1, 8000), few, 8, 8000).items():
+        assert row["milliseconds"] == pytest.approx(truth["phases"][phase]["milliseconds"])
+        assert row["exchanges"] == pytest.approx(1.4) and row["rest"] == pytest.approx(0.3) and row["optimizer"] == pytest.approx(1.6)
+    with pytest.raises(UserError, match="do not divide"):
+        predict(benchmark_of(1, 8000), few, 3, 8000)
+
+
+def test_the_prediction_counts_steps(tmp_path, monkeypatch, capsys):
+    for ranks in (1, 2):
+        (tmp_path / f"{ranks}.json").write_text(json.dumps(benchmark_of(ranks, 8000)))
+    monkeypatch.setattr(
+        sys, "argv", ["predict", str(tmp_path / "1.json"), str(tmp_path / "2.json"), "--seconds", "100", "--loop-at", "0.4"]
+    )
+    predict_main()
+    plain, looping = (row["milliseconds"] for row in benchmark_of(8, 8000)["phases"].values())
+    steps = 40_000 / plain + 60_000 / looping
+    assert capsys.readouterr().out.splitlines()[-1] == f"{steps:,.0f} steps, {steps * 8000 / 1e9:.2f}B tokens in 100 s"
