@@ -250,8 +250,12 @@ def records(options: argparse.Namespace) -> int:
     from parts.lab.records import keep, write_tables
     from parts.lab.results import read_runs
 
-    for folder in keep(read_runs(options.runs), options.to):
+    runs = read_runs(options.runs)
+    for folder in keep(runs, options.to):
         print(f"kept {folder}")
+    for run in runs:
+        if run.state != "done":
+            print(f"left out {run.folder}: {run.state}")
     for file in write_tables():
         print(f"wrote {file}")
     return 0

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -26,7 +27,7 @@ from parts.lab.compare import Table, interval
 from parts.lab.results import Result, read_runs
 from parts.lab.sample import generate
 from parts.lab.spec import Plan, Run, check_plan, load_plan, make_plan
-from parts.lab.watch import FILES, PAGE, POINTS, Server, thin
+from parts.lab.watch import FILES, PAGE, POINTS, Server, details, summary, thin
 from parts.runs import run_lock
 
 # A stand-in for training: notes every start, waits where it is told to, and ends as it is told to.
@@ -115,7 +116,7 @@ def test_a_failed_run_is_a_row_and_the_queue_goes_on(tmp_path, command):
     code, lines = work(plan, tmp_path)
     assert code == 1 and "failed: bad-s1: train: error: the loss is no number (exit code 2)" in lines
     assert lines[0] == "0 of 3 done, 0 running, 3 left; 0 s so far"
-    assert lines[-3].startswith("2 of 3 done, 0 running, 1 failed, 0 left; ")
+    assert lines[-3].startswith("2 of 3 done, 0 running, 1 failed, 0 left; "), lines
     assert [len(starts(tmp_path / "q" / name)) for name in ("reference-s1", "bad-s1", "good-s1")] == [2, 1, 2]
     assert starts(tmp_path / "q" / "good-s1")[0].startswith("1 x")
     code, _ = work(plan, tmp_path)
@@ -223,6 +224,13 @@ def test_a_killed_queue_goes_on_where_it_was(tmp_path, command):
     assert second.returncode == 0, output
     assert [len(starts(tmp_path / "q" / f"a-s{seed}")) for seed in (1, 2, 3)] == [1, 1, 1]
     assert "3 of 3 done" in output
+
+
+def test_a_queue_has_a_folder_of_its_own(tmp_path, command):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="q is a run's own folder: give the queue another --name"):
+        work(Plan("q", [Run("a", 1, {"SEED": "1"})], command), tmp_path)
 
 
 def test_what_died_with_the_machine_is_run_again(tmp_path, command):
@@ -387,6 +395,8 @@ def test_the_table_calls_noise_noise(tmp_path):
     }
     with pytest.raises(UserError, match="no run is called gone"):
         Table(runs, reference="gone")
+    assert Table([run for run in runs if run.variant in ("bad", "gain")]).reference.name == "gain", "the first that has a score"
+    assert "nothing to compare with: bad has no such score" in Table(runs, reference="bad").text()
 
 
 def test_forms_of_the_table(tmp_path):
@@ -427,6 +437,32 @@ def test_states(tmp_path):
     text = "\n".join(overview.run_lines([tmp_path]))
     assert re.search(r"gain-s1 +done +0.9030 float +base/one_gpu", text) and "train: no memory" in text
     assert any(re.match(r"  frontier/one_gpu +One GPU, 300 s", line) for line in overview.preset_lines())
+
+
+@pytest.mark.parametrize("wrong", ["[]", '"text"', "null", "-1e999", "{}", '[{"a": null}]', "true"])
+def test_what_is_damaged_is_missing_and_no_more(tmp_path, wrong):
+    """Every value of every file of a run in turn is of another kind: the verbs go on, and the other runs are as they were."""
+    whole = kept(
+        tmp_path / "runs" / "whole", 1.25, job={"variant": "whole", "running": {"pid": 1, "host": "h", "stage": "train", "since": 0}}
+    )
+    write_json(
+        whole.folder / "eval.json", {"val_bpb": 1.2, "bytes_total": 15, "bytes_scored": 9, "audit": {"verdict": "pass", "checks": []}}
+    )
+    write_json(whole.folder / "quantize.json", {"bytes_total": 15, "train_seconds_with_calibration": 3.0})
+    damaged = tmp_path / "runs" / "damaged"
+    shutil.copytree(whole.folder, damaged)
+    for path in sorted(damaged.iterdir()):
+        text = path.read_text()
+        values = list(re.finditer(r'(?<=: )("[^"]*"|[-\d.]+|true|null|\{\}|\[\])', text)) + [re.match(".*", text)]
+        for value in values:
+            path.write_text(text[: value.start()] + wrong + text[value.end() :])
+            runs = read_runs([tmp_path / "runs"])
+            assert runs[1].name == "whole" and runs[1].bpb("score") == 1.2
+            list(overview.run_lines([tmp_path / "runs"]))
+            Table(runs, reference="whole").text()
+            plots.figures(runs, list(plots.KINDS), list(plots.X_AXES))
+            json.dumps([summary(runs[0]), details(runs[0])])
+        path.write_text(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,8 +577,13 @@ def test_a_kept_queue_is_in_the_tables(tmp_path):
             )
     assert home / "curves.svg" in records.write_tables(home) and records.write_tables(home) == []
     assert records.picture(home).series[0].ys == [3.0, 2.25] and ">base</text>" in (home / "curves.svg").read_text()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="is there already, and is another run's"):
         records.keep(read_runs([tmp_path / "runs"]), records=home)
+    later = kept(tmp_path / "runs" / "base-s3", 1.26, 3, job)
+    kept(tmp_path / "runs" / "base-s4", 1.26, 4, job | {"done": {}})  # not done: left out
+    for folder, run in zip(folders, runs):
+        shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
+    assert records.keep(read_runs([tmp_path / "runs"]), records=home) == [home / "base" / "publish" / later.name], "what is kept stays"
     with pytest.raises(UserError, match="is not done"):
         records.keep([run for run in queue_of_runs(tmp_path / "q") if run.state == "failed"], records=home)
     page.write_text("<!-- make records: nothing -->\n<!-- end -->\n")

@@ -78,7 +78,7 @@ def wandb(monkeypatch):
 
 
 def test_wandb_gets_one_run_however_often_it_goes_on(run, wandb):
-    write_json(run.folder / "lab.json", {"commands": {}, "done": {}, "queue": "q"})
+    write_json(run.folder / "lab.json", {"commands": {}, "done": {}, "environment": {}, "queue": "q"})
     assert M.mirror([run.result], ["wandb"], follow=False) == 0
     run.add({"event": "resume", "step": 10, "elapsed": 1.0}, train(20, 3.0), train(30, 2.5))
     assert M.mirror([run.result], ["wandb"], follow=True) == 0, "nobody owns the run: nothing to wait for"

@@ -121,7 +121,8 @@ class Table:
                 if wanted == group.name or any(wanted in (run.name, str(run.folder)) for run in group.runs):
                     return group
             raise UserError(f"no run is called {wanted}; there are {', '.join(group.name for group in groups)}")
-        return next((group for group in groups if any(run.job.get("reference") for run in group.runs)), groups[0])
+        queues = [group for group in groups if any(run.job.get("reference") for run in group.runs)]
+        return next((group for group in [*queues, *groups] if group.scores(self.metric)), [*queues, *groups][0])
 
     def _row(self, group: Group) -> Row:
         row = Row(group.name, " ".join(differences(group.settings, self.reference.settings)), 0)
@@ -173,6 +174,8 @@ class Table:
                 notes.append(
                     f"of {compared} differences that are nothing, {compared * (1 - LEVEL):.1f} would be expected outside their intervals"
                 )
+        elif not self.reference.scores(self.metric):
+            notes.append(f"nothing to compare with: {self.reference.name} has no such score")
         elif len(self.rows) > 1:
             notes.append(f"difference to {self.reference.name}; one seed on each side tells no noise: there is no interval")
         return notes

@@ -43,7 +43,9 @@ def place(run: Result, event: dict, x: str) -> float | None:
     if x == "steps" or step is None:
         return step
     done = run.last("done")
-    tokens = done.get("batch_tokens") or (done["tokens"] / done["steps"] if done.get("steps") else run.config.get("train_batch_tokens"))
+    tokens = done.get("batch_tokens") or (
+        done.get("tokens", 0) / done["steps"] if done.get("steps") else run.config.get("train_batch_tokens")
+    )
     return step * tokens if tokens else None
 
 
@@ -52,7 +54,7 @@ def points(run: Result, events: Sequence[dict], key: str, x: str) -> tuple[list[
     found = []
     for event in events:
         at, value = place(run, event, x), event.get(key)
-        if at is not None and isinstance(value, (int, float)) and math.isfinite(value):
+        if all(isinstance(number, (int, float)) and math.isfinite(number) for number in (at, value)):
             found.append((at, value))
     return [at for at, _ in found], [value for _, value in found]
 

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -58,16 +58,42 @@ def taken(folder: Path) -> bool:
         return handle is None
 
 
+def sound(values: dict | None, kinds: Mapping[str, type]) -> dict:
+    """What of a JSON object is of the kind that the suite writes: a file may be damaged, or another program's. `float` is any number."""
+    accepted = {name: (int, float) if kind is float else kind for name, kind in kinds.items()}
+    return {
+        name: value
+        for name, value in (values or {}).items()
+        if isinstance(value, accepted.get(name, object)) and not (kinds.get(name) is float and isinstance(value, bool))
+    }
+
+
+JOB_KINDS = {"commands": dict, "done": dict, "environment": dict, "error": str, "running": dict, "queue": str, "variant": str, "seed": int}
+STAGE_KINDS = {"pid": int, "host": str, "stage": str, "since": float, "device": str, "seconds": float}
+
+
+def find_job(folder: Path) -> dict | None:
+    """What lab.json says of a queue's run; None where it is none, or damaged."""
+    job = {"error": None} | sound(read_json(folder / JOB), JOB_KINDS)
+    if not {"commands", "done", "environment"} <= job.keys():
+        return None
+    job["done"] = {stage: how for stage, how in job["done"].items() if isinstance(how, dict) and "seconds" in sound(how, STAGE_KINDS)}
+    job["running"] = sound(job.get("running"), STAGE_KINDS)
+    if not {"pid", "host", "stage", "since"} <= job["running"].keys():
+        del job["running"]
+    return job
+
+
 def read_job(folder: Path) -> dict:
-    job = read_json(folder / JOB)
-    if job is None or not {"commands", "done", "environment"} <= job.keys():
+    job = find_job(folder)
+    if job is None:
         raise UserError(f"{folder} is not a queue's run: it holds no whole {JOB}")
     return job
 
 
 def left(job: dict) -> list[str]:
     """The stages that are still to be run."""
-    return [] if job.get("error") else [stage for stage in job["commands"] if stage not in job["done"]]
+    return [] if job["error"] else [stage for stage in job["commands"] if stage not in job["done"]]
 
 
 def perform(folder: Path) -> int:
@@ -186,7 +212,7 @@ class Orphan:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.device = (read_job(folder).get("running") or {}).get("device") or "cpu"
+        self.device = read_job(folder).get("running", {}).get("device", "cpu")
 
     def done(self) -> bool:
         return not taken(self.folder)
@@ -306,6 +332,8 @@ class Queue:
 
     def run(self, retry: bool = False) -> int:
         """Work the queue off. Returns 0 if every run that was begun is done, 1 if one has failed, 128 + a signal's number if stopped."""
+        if (self.folder / "metrics.jsonl").exists():
+            raise UserError(f"{self.folder} is a run's own folder: give the queue another --name")
         with run_lock(self.folder), StopSignal() as stop:
             for run, folder in zip(self.plan.runs, self.folders):
                 self.enter(run, folder, retry)
@@ -315,7 +343,7 @@ class Queue:
     def enter(self, run: Run, folder: Path, retry: bool) -> None:
         """Write lab.json of a run that has none; what is done stays, if it was made with these settings."""
         environment = self.plan.environment(run, folder)
-        kept = read_json(folder / JOB)
+        kept = find_job(folder)
         fresh = {"queue": self.plan.name, "variant": run.variant, "reference": run.reference, "seed": run.seed}
         fresh |= {"environment": environment, "commands": self.plan.commands, "done": {}, "error": None}
         if kept is None:
@@ -422,14 +450,14 @@ class Queue:
         return f"{', '.join(parts)}; {duration(time.monotonic() - began)} so far" + (f", about {duration(to_go)} to go" if to_go else "")
 
     def _now(self, folder: Path, job: dict) -> str:
-        stage = (job.get("running") or {}).get("stage", "starting")
+        stage = job.get("running", {}).get("stage", "starting")
         spent = _trained(folder) if stage == "train" else 0
         return f"{folder.name} {stage}" + (f" {spent:.0%}" if spent else "")
 
     def _to_go(self, jobs: dict[Path, dict], running: dict[Path, Handle]) -> float | None:
         """Seconds until the end, from what the finished stages took and the share of training that is done; None while nothing tells."""
         took = self._took(jobs)
-        spent = {folder: time.time() - job["running"]["since"] for folder, job in jobs.items() if job.get("running") and folder in running}
+        spent = {folder: time.time() - job["running"]["since"] for folder, job in jobs.items() if "running" in job and folder in running}
         for folder, seconds in spent.items():
             if jobs[folder]["running"]["stage"] == "train" and "train" not in took and (share := _trained(folder)) > 0.05:
                 took["train"] = [seconds / share]
@@ -445,7 +473,7 @@ class Queue:
 
 def _trained(folder: Path) -> float:
     """The share of its budget that a training run has spent, by its last metric."""
-    return next((event["progress"] for event in reversed(read_metrics(folder)) if isinstance(event.get("progress"), float)), 0.0)
+    return min(1.0, next((event["progress"] for event in reversed(read_metrics(folder)) if isinstance(event.get("progress"), float)), 0.0))
 
 
 def duration(seconds: float) -> str:

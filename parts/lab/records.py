@@ -14,6 +14,7 @@ A Markdown file marks where a table goes: everything between `<!-- make records:
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import re
 import shutil
 import statistics
@@ -317,18 +318,22 @@ def write_tables(records: Path = ROOT / "records") -> list[Path]:
 
 
 def keep(runs: Sequence[Result], to: Path | None = None, records: Path = ROOT / "records") -> list[Path]:
-    """Copy what is kept of finished runs to `to`/RUN, by default records/PRESET/QUEUE/RUN -> the folders. Raises UserError."""
-    plan = []
-    for run in runs:
-        if run.state != "done":
-            raise UserError(f"{run.folder} is not done ({run.state}): nothing is kept")
+    """Copy what is kept of the finished ones of these runs to `to`/RUN, by default records/PRESET/QUEUE/RUN -> the new folders.
+
+    Raises UserError where none is finished, or where another run lies in the place of one.
+    """
+    plan, done = [], [run for run in runs if run.state == "done"]
+    if runs and not done:
+        raise UserError(f"{runs[0].folder} is not done ({runs[0].state}): nothing is kept")
+    for run in done:
         preset = run.preset.partition("/")[0]
         if to is None and not (preset and (records / preset / "config.env").is_file()):
             raise UserError(f"{run.folder} is of no preset under {records}: say --to FOLDER")
-        home = to or records / preset / run.job.get("queue", "")
-        if (home / run.name).exists():
-            raise UserError(f"{home / run.name} is there already: remove it, or choose another --to")
-        plan.append((run, home / run.name))
+        folder = (to or records / preset / run.job.get("queue", "")) / run.name
+        if not folder.exists():
+            plan.append((run, folder))
+        elif filecmp.cmpfiles(folder, run.folder, ("metrics.jsonl", "eval.json"), shallow=False)[1]:
+            raise UserError(f"{folder} is there already, and is another run's: remove it, or choose another --to")
     for run, folder in plan:
         folder.mkdir(parents=True)
         for pattern in (*KEPT, *KEPT_LOGS):

@@ -6,12 +6,13 @@ The same for a folder under runs/ and for what is kept of one under records/. A 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from parts.files import UserError, read_json
-from parts.lab.queue import JOB, left
+from parts.lab.queue import JOB, find_job, left, sound
 from parts.runs import alive, owner_of, read_metrics
 
 MARKS = (JOB, "metrics.jsonl", "config.json")  # any of these makes a folder a run's
@@ -24,6 +25,13 @@ METRICS = {
     "artifact": "the artifact, sliding windows",
     "float": "the float weights after training",
 }
+
+
+# What figures come from, and is of this kind wherever it stands; other entries may be anything.
+NUMBERS = """step steps tokens batch_tokens world_size elapsed progress train_loss lr peak_memory_gib train_seconds train_seconds_with_calibration
+    val_loss val_bpb sliding_bpb ttt_bpb experts_bpb bytes_total bytes_scored seed vocab_size train_batch_tokens max_wallclock_seconds"""
+KINDS = {**dict.fromkeys(NUMBERS.split(), float), "label": str, "device": str, "audit": dict}
+EVENT_KINDS = {**KINDS, "tokens_per_second": float}  # in eval.json those of each stage
 
 
 def is_run(folder: Path) -> bool:
@@ -62,27 +70,24 @@ class Result:
 
     @functools.cached_property
     def job(self) -> dict:
-        job = read_json(self.folder / JOB) or {}
-        return job if isinstance(job.get("commands"), dict) and isinstance(job.get("done"), dict) else {}
+        return find_job(self.folder) or {}
 
     @functools.cached_property
     def _config(self) -> dict:
-        return read_json(self.folder / "config.json") or {}
+        return sound(read_json(self.folder / "config.json"), {"config": dict, "origins": dict})
 
-    @property
+    @functools.cached_property
     def config(self) -> dict:
         """The settings by flat name."""
-        config = self._config.get("config")
-        return config if isinstance(config, dict) else {}
+        return sound(self._config.get("config"), KINDS)
 
     @property
     def origins(self) -> dict:
-        origins = self._config.get("origins")
-        return origins if isinstance(origins, dict) else {}
+        return self._config.get("origins", {})
 
     @functools.cached_property
     def history(self) -> list[dict]:
-        return read_metrics(self.folder)
+        return [sound(event, EVENT_KINDS) for event in read_metrics(self.folder)]
 
     def events(self, kind: str) -> list[dict]:
         return [event for event in self.history if event["event"] == kind]
@@ -92,11 +97,11 @@ class Result:
 
     @functools.cached_property
     def quantized(self) -> dict:
-        return read_json(self.folder / "quantize.json") or {}
+        return sound(read_json(self.folder / "quantize.json"), KINDS)
 
     @functools.cached_property
     def evaluation(self) -> dict:
-        return read_json(self.folder / "eval.json") or {}
+        return sound(read_json(self.folder / "eval.json"), KINDS)
 
     # --- what it is
 
@@ -108,7 +113,7 @@ class Result:
     def preset(self) -> str:
         """By the origins of its settings; of a queued run, by what it will be started with."""
         named = {str(origin).partition(":")[2] for origin in self.origins.values() if str(origin).startswith("preset:")}
-        return min(named) if named else (self.job.get("environment") or {}).get("PRESET", "")
+        return min(named) if named else str(self.job.get("environment", {}).get("PRESET", ""))
 
     @property
     def variant(self) -> str | None:
@@ -125,8 +130,7 @@ class Result:
     @property
     def stage(self) -> str | None:
         """What is being done to it now, by whomever."""
-        running = self.job.get("running")
-        if isinstance(running, dict) and {"pid", "host", "stage"} <= running.keys() and alive(running):
+        if alive(running := self.job.get("running")):
             return running["stage"]
         return "train" if owner_of(self.folder) else None
 
@@ -186,15 +190,18 @@ class Result:
 
     @property
     def audit(self) -> str | None:
-        return (self.evaluation.get("audit") or {}).get("verdict")
+        return sound(self.evaluation.get("audit"), {"verdict": str}).get("verdict")
 
     @property
     def progress(self) -> float | None:
-        return _number(self.last("train").get("progress"))
+        """The share of its budget that is spent; the step that ends a run may go beyond it."""
+        progress = _number(self.last("train").get("progress"))
+        return None if progress is None else min(1.0, progress)
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A figure that can be compared: no infinity, no NaN."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def differences(settings: dict, others: dict) -> list[str]:

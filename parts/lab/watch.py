@@ -102,7 +102,8 @@ def curve(run: Result, kind: str, key: str) -> dict[str, list[list[float]]]:
     """Points over every axis."""
     points: dict[str, list[list[float]]] = {}
     for x in ("seconds", "steps", "tokens"):
-        pairs = [(place(run, event, x), event.get(key)) for event in run.events(kind)]
+        events = {event.get("step"): event for event in run.events(kind)}  # of two validations of one step the last is the result
+        pairs = [(place(run, event, x), event.get(key)) for event in events.values()]
         pairs = [pair for pair in pairs if all(isinstance(value, (int, float)) and math.isfinite(value) for value in pair)]
         points[x] = thin([x for x, _ in pairs], [y for _, y in pairs])
     return points
@@ -112,6 +113,7 @@ def details(run: Result) -> dict:
     """What the page shows of a chosen run: curves, settings, audit, the last lines of what it does now."""
     logs = [path for pattern in ("*.log", "*.out") for path in run.folder.glob(pattern)]
     logs = sorted((path for path in logs if path.is_file()), key=lambda path: -path.stat().st_mtime)
+    checks = run.evaluation.get("audit", {}).get("checks")
     curves = {"train_loss": "train", "val_bpb": "validation", "lr": "train", "tokens_per_second": "train"}
     return {
         "curves": {key: curve(run, kind, key) for key, kind in curves.items()},
@@ -121,7 +123,7 @@ def details(run: Result) -> dict:
             for name, value in run.config.items()
             if run.origins.get(name, "default") not in ("default", "run") and not str(run.origins.get(name)).startswith("preset:")
         },
-        "audit": run.evaluation.get("audit"),
+        "audit": {"verdict": run.audit, "checks": checks if isinstance(checks, list) else []} if run.audit else None,
         "log": {"name": logs[0].name, "lines": tail(logs[0], LOG_LINES)} if logs else None,
     }
 

@@ -38,6 +38,11 @@ function element(name, attributes, ...children) {
   made.append(...children.map((child) => (child instanceof Node ? child : String(child))));
   return made;
 }
+function swatch(id) {
+  const made = element("span", { class: "swatch", title: id });
+  made.style.background = colour(id);
+  return made;
+}
 function colour(id) { return COLOURS[chosen.indexOf(id) % COLOURS.length]; }
 
 async function get(path) {
@@ -54,8 +59,8 @@ async function poll() {
     document.title = overview.root;
     const known = new Set(runs.map((run) => run.id));
     if (chosen === null && runs.length) {
-      const [running, others] = [runs.filter((run) => run.state === "running"), runs.filter((run) => run.state !== "running")];
-      chosen = [...running, ...others].slice(0, 4).map((run) => run.id);
+      const rank = (run) => (run.state === "running" ? 0 : run.step !== null ? 1 : 2); // what has curves first
+      chosen = [0, 1, 2].flatMap((wanted) => runs.filter((run) => rank(run) === wanted)).slice(0, 4).map((run) => run.id);
       focus = chosen[0];
     }
     chosen = (chosen || []).filter((id) => known.has(id));
@@ -127,9 +132,7 @@ function drawTable() {
       const cell = element("td", NUMBERS.has(name) ? { class: "number" } : {});
       const content = value(run);
       if (name === "" && chosen && chosen.includes(run.id)) {
-        const swatch = element("span", { class: "swatch" });
-        swatch.style.background = colour(run.id);
-        cell.append(swatch);
+        cell.append(swatch(run.id));
       } else if (name === "state") {
         cell.className = "state-" + run.state;
         cell.textContent = content;
@@ -137,6 +140,7 @@ function drawTable() {
         cell.append(element("progress", { max: "1", value: String(content) }), ` ${Math.round(100 * content)} %`);
       } else if (content !== null && content !== undefined) {
         cell.textContent = show ? show(content) : content;
+        if (name === "run") cell.title = content;
       }
       row.append(cell);
     }
@@ -166,23 +170,27 @@ function label(value) { return Math.abs(value) >= 1e4 ? si(value) : String(Numbe
 
 function drawCharts() {
   const axis = $("axis").value;
+  const names = (chosen || []).map((id) => element("span", {}, swatch(id), " " + id));
   const figures = CHARTS.map(([key, title]) => {
     const series = (chosen || []).map((id) => ({ id, points: details.get(id)?.run.curves[key][axis] || [] })).filter((line) => line.points.length);
     return series.length ? chart(title, axis, series, key) : null;
   });
+  $("names").replaceChildren(...names);
   $("charts").replaceChildren(...figures.filter(Boolean));
 }
 
 function chart(title, axis, series, key) {
-  const [width, height, left, right, top, bottom] = [520, 230, 46, 8, 8, 24];
+  const [width, height, left, right, top, bottom] = [520, 230, 46, 14, 8, 24];
   const all = series.flatMap((line) => line.points);
   const xs = all.map((point) => point[0]);
-  const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
+  let [x0, x1] = [Math.min(...xs), Math.max(...xs)];
+  if (x0 === x1) [x0, x1] = [0, 2 * x1 || 1];
   // The first fall of a loss, or the first steps' speed, would take all of the height: the scale begins where a twentieth of the longest line is done.
   const tail = all.filter((point) => !["train_loss", "tokens_per_second"].includes(key) || point[0] >= x0 + (x1 - x0) / 20).map((point) => point[1]);
   let [y0, y1] = [Math.min(...tail), Math.max(...tail)];
   if (y0 === y1) [y0, y1] = [y0 - Math.abs(y0 || 1) / 20, y1 + Math.abs(y1 || 1) / 20];
-  const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (width - left - right);
+  [x0, x1, y0, y1] = [x0 - (x1 - x0) / 50, x1 + (x1 - x0) / 50, y0 - (y1 - y0) / 25, y1 + (y1 - y0) / 25]; // marks stand clear of the edges
+  const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
   const y = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - top - bottom);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
   const clip = "clip-" + key;
@@ -251,11 +259,7 @@ function drawDetails() {
   const differing = compared.length > 1 ? Object.keys(details.get(compared[0]).run.settings).filter((name) =>
     new Set(compared.map((id) => shown(details.get(id).run.settings[name]))).size > 1) : [];
   if (differing.length) {
-    const head = ["", ...compared.map((id) => {
-      const swatch = element("span", { class: "swatch", title: id });
-      swatch.style.background = colour(id);
-      return swatch;
-    })];
+    const head = ["", ...compared.map(swatch)];
     rightSide.append(element("h2", {}, "settings in which the chosen runs differ"),
       rows([head, ...differing.map((name) => [name.toUpperCase(), ...compared.map((id) => shown(details.get(id).run.settings[name]))])]));
   }
