@@ -1067,12 +1067,19 @@ def new_log(path: Path, cfg: Config, ctx: RunContext) -> None:
         ctx.log(line)
 
 
+PATIENCE = 900.0  # seconds of search in which ranks that only wait for it do not run into the collectives' limit of 20 minutes
+
+
 def quantize_command(run_dir: Path, search_seconds: float, out: Path | None = None) -> None:
     """`python quantize.py runs/<RUN_ID>`: artifact.bin, evaluate.py, quantize.json and quantize.log in `out`, or the run's folder."""
     out = out or run_dir
     cfg = open_run(run_dir, out)
     ctx = setup_distributed(cfg.run.device, cfg.run.cache_dir)
     try:
+        if ctx.world_size > 1 and search_seconds > PATIENCE:
+            raise UserError(
+                f"--search-seconds {search_seconds:g}: the other ranks wait for no more than {PATIENCE:g}; search in one process"
+            )
         quantizer = Quantizer(run_dir, cfg, ctx)  # refuses what is at fault before a file is written
         new_log(out / "quantize.log", cfg, ctx)
         if (cfg.train.late_qat_threshold or cfg.train.qat_last_frac) and cfg.train.qat_bits != cfg.quant.matrix_bits:

@@ -52,6 +52,7 @@ def test_the_word_none_empties_a_presets_list():
         ({"MLP_MULT": "0.1", "MODEL_DIM": "8", "ROPE_DIMS": "0", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}, "leaves the MLP no width"),
         ({"RUN_ID": "../escaped"}, "is not a plain folder name"),
         ({"SEED": str(2**64)}, "above its greatest value"),
+        ({"TTT_HASH_BUCKETS": "300000000"}, "above its greatest value"),
         ({"REFERENCE_STEPS": "9" * 400}, "above its greatest value"),
         ({"TRIGRAM_HASH": "1"}, "needs BIGRAM_VOCAB_SIZE"),
         ({"BIGRAM_VOCAB_SIZE": "1"}, "leaves no bucket"),

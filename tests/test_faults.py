@@ -284,6 +284,77 @@ def test_kill_training_on_two_ranks(base, tmp_path, capsys):
     survive("train on two ranks", training(base, tmp_path, ranks=2), scaled(30), capsys)
 
 
+def launcher(log: Path, *options: str, **settings) -> subprocess.Popen:
+    """torchrun, in a process group of its own; ranks stay in its session."""
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train_gpt.py")]
+    with open(log, "ab") as output:
+        return subprocess.Popen(command, env=clean_environment(**settings), stdout=output, stderr=output, start_new_session=True)
+
+
+def steps_taken(folder: Path) -> int:
+    return max((event["step"] for event in runs.read_metrics(folder) if event["event"] == "train"), default=0)
+
+
+def survive_launchers(name: str, start: Callable[[], list[subprocess.Popen]], kill: Callable, folder: Path, kills: int, capsys) -> None:
+    """Kill the launcher of a run under way, wait for the ranks that it left, resume; at the end as the undisturbed run."""
+    rng = random.Random(f"{SEED} {name}")
+    assert all(process.wait() == 0 for process in start())
+    expected, done = weights_of(folder), 0
+    shutil.rmtree(folder)
+    while done < kills:
+        processes, before = start(), steps_taken(folder)
+        while all(p.poll() is None for p in processes) and steps_taken(folder) < before + rng.randint(3, 20):
+            time.sleep(0.01)
+        if all(p.poll() is None for p in processes):
+            kill(rng.choice(processes))
+            done += 1
+        for process in processes:
+            process.wait()
+        for _ in range(6000):  # the ranks that are left have a minute to see it, save and go
+            with contextlib.suppress(UserError), runs.run_lock(folder):
+                break
+            time.sleep(0.01)
+        else:
+            raise AssertionError("ranks are still there")
+        assert (folder / "model.safetensors").exists() or T.list_checkpoints(folder), "nothing was saved"
+        if (folder / "model.safetensors").exists():
+            assert weights_of(folder) == expected
+            shutil.rmtree(folder)
+    if not (folder / "model.safetensors").exists():
+        assert all(process.wait() == 0 for process in start())
+        assert weights_of(folder) == expected
+    with capsys.disabled():
+        print(f"\n{name}: {kills} kills, resumed to the weights of the undisturbed run")
+
+
+def test_kill_torchrun_alone(base, tmp_path, capsys):
+    """SIGKILL of the launcher: its ranks, orphans now, save and end."""
+    settings = {**base, "RESUME": 1, "ITERATIONS": 150, "CHECKPOINT_EVERY": 0}
+    start = lambda: [launcher(tmp_path / "out", "--standalone", "--nproc_per_node=2", **settings)]
+    survive_launchers("torchrun alone", start, lambda process: process.kill(), tmp_path / "runs" / "run", scaled(4), capsys)
+    assert "stopped by SIGTERM" in (tmp_path / "out").read_text()
+
+
+def test_kill_one_of_two_nodes(base, tmp_path, capsys):
+    """SIGKILL of a node with its rank: the other node ends by itself, with a line that says so."""
+
+    def start() -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        options = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        settings = {**base, "RESUME": 1, "ITERATIONS": 60}
+        return [launcher(tmp_path / f"out{rank}", *options, f"--node_rank={rank}", **settings) for rank in (0, 1)]
+
+    def kill(process: subprocess.Popen) -> None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (*map(int, children), process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+    survive_launchers("a node of two", start, kill, tmp_path / "runs" / "run", scaled(4), capsys)
+    assert "lost touch with another rank" in "".join((tmp_path / f"out{rank}").read_text() for rank in (0, 1))
+
+
 def test_kill_prepare(tmp_path, capsys):
     texts, out = tmp_path / "texts", tmp_path / "shards"
     texts.mkdir()

@@ -788,6 +788,12 @@ def test_faults_are_one_line_and_exit_code_2(world, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
 
 
+def test_a_search_is_not_longer_than_the_ranks_that_wait_for_it(world, monkeypatch):
+    monkeypatch.setattr(Q, "setup_distributed", lambda *arguments: train_gpt.RunContext(world_size=2))
+    with pytest.raises(UserError, match="--search-seconds 3600: the other ranks wait for no more than 900"):
+        Q.quantize_command(world / "run", search_seconds=3600)
+
+
 def test_faults_leave_nothing_half_written(world, clean, tmp_path):
     run = clone_run(world, tmp_path / "run")
     for name, value in (
