@@ -528,6 +528,9 @@ def build(job: Job) -> dict:
         except UserError:  # the input must change, so what was made of it is of no use
             shutil.rmtree(work)
             raise
+        except OSError as error:  # a full disk says of an open file only what, not where
+            error.filename = error.filename or str(work)
+            raise
 
 
 def _build(job: Job, work: Path) -> dict:

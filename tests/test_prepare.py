@@ -1,6 +1,7 @@
 """data/prepare.py: text → tokenizer and shards. No network: the hub is a local HTTP server with the hub's layout."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.server
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -595,6 +597,16 @@ def test_damaged_dataset_is_built_again_and_another_one_is_kept(here, tokenizer,
 
 def manifest_of_bytes(files: dict[str, bytes]) -> dict:
     return json.loads(files["manifest.json"])
+
+
+def test_a_full_disk_is_said_with_its_place_and_the_build_goes_on_later(here, tokenizer, capsys, monkeypatch):
+    write_jsonl(here / "in.jsonl", DOCUMENTS)
+    command = ("in.jsonl", "--tokenizer", tokenizer, "--out", "set", "--workers", 1, "--val-fraction", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.ShardWriter, "_write", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        assert refused(capsys, *command) == "error: set.partial: No space left on device"
+    prepare_ok(*command)
+    assert "continuing the build" in capsys.readouterr().err and sorted(p.name for p in here.iterdir()) == ["in.jsonl", "set"]
 
 
 def test_two_builds_at_once_are_refused(here, tokenizer, capsys):
