@@ -55,7 +55,7 @@ from parts.document_ttt import DocumentReader, DocumentTrainer
 from parts.experts import ExpertMixture, InvalidTargetKeyedCache, Prediction, context_rows
 from parts.files import UserError, cli, fault_line, read_json, write_json
 from parts.progress import duration
-from parts.replica import Replica, Sandbox, serve
+from parts.replica import Replica, ReplicaError, Sandbox, serve
 from parts.runs import artifact_file, free_name, previous_name, set_aside
 from train_gpt import (
     GPT,
@@ -837,8 +837,11 @@ def audit_run(
     if ctx.device.type == "cuda":
         torch.cuda.empty_cache()  # the replica uses the same GPU
     drawn = auditing.draw_targets(trace.ledger, cfg.eval.audit_samples)
-    with blind_replica(path, cfg, targets, ctx) as replica, ctx.progress("audit", len(drawn), "targets") as advance:
-        blind = auditing.check_blind(replica, tokens, trace, drawn, advance)
+    with blind_replica(path, cfg, targets, ctx) as replica:
+        with contextlib.suppress(ReplicaError):  # the check will meet it again, and report it
+            replica.ready()  # its start is no measure of what its answers take
+        with ctx.progress("audit", len(drawn), "targets") as advance:
+            blind = auditing.check_blind(replica, tokens, trace, drawn, advance)
     with blind_replica(path, cfg, targets, ctx) if evaluator.documents_independent else contextlib.nullcontext() as replica:
         independence = auditing.check_documents(replica, tokens, trace, BOS_ID)
     tokenizer, manifest = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), load_manifest(cfg.run.data_path)

@@ -99,10 +99,14 @@ class Replica:
         self._asked = last - first
         self._send({"do": "rows", "first": first, "last": last})
 
-    def answer(self) -> np.ndarray:
-        """Probabilities float32 [n, vocab_size]."""
+    def ready(self) -> None:
+        """Wait until its evaluator has begun: model loaded, and compiled."""
         if self.introduction is None:
             self.introduction = self._receive_line()
+
+    def answer(self) -> np.ndarray:
+        """Probabilities float32 [n, vocab_size]."""
+        self.ready()
         size = self._receive_line().get("bytes")
         if size != self._asked * self.vocab_size * 4:
             raise ReplicaError(f"the evaluator answered {size} bytes where {self._asked} distributions were asked for")

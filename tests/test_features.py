@@ -65,6 +65,13 @@ def test_named_tests_exist(row):
         assert re.search(rf"^def {re.escape(test)}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), reference
 
 
+def test_the_page_of_faults_names_tests_that_exist():
+    named = re.findall(r"\b([a-z_]+)::([a-z0-9_]+)", (ROOT / "records" / "house" / "FAULTS.md").read_text(encoding="utf-8"))
+    assert len(named) > 50
+    for file, test in set(named) - {("file", "name")}:
+        assert f"\ndef test_{test}(" in (ROOT / "tests" / f"test_{file}.py").read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 # Sizes, budgets, and constants that no card names.
 UNLISTED = {
     "VOCAB_SIZE", "DATA_PATH", "TOKENIZER_PATH", "MODEL_DIM", "TRAIN_BATCH_TOKENS", "GPTQ_RESERVE_SECONDS", "REFERENCE_STEPS",
