@@ -85,9 +85,9 @@ ENDLESS = {"RUN_ID": "run", "LAYER_PATTERN": "AT", "ITERATIONS": 100000, "DEVICE
 
 
 def assert_that_it_ended_well(done: subprocess.CompletedProcess, message: str, folder: Path) -> None:
-    """The dead rank's message and the other's are there, and so is the state of the last whole step: nothing else, nothing half-written."""
+    """The dead rank's message is there, and so is the state of the last whole step: nothing else, nothing half-written."""
     assert done.returncode > 0 and message in done.stderr, done.stderr[-3000:]
-    assert "lost touch with another rank" in done.stderr and "RESUME=1 RUN_ID=run continues from" in done.stderr
+    assert "step 4 failed: saved" in done.stdout and "RESUME=1 RUN_ID=run continues" in done.stdout
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert T.load_tensors(checkpoint)[1]["step"] == 3
     assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints", "config.json", "metrics.jsonl", "train.log"}
@@ -97,6 +97,7 @@ def test_a_rank_with_a_fault_takes_the_job_down(launch, tmp_path):
     settings = {**launch.settings, "RUNS_DIR": launch.runs, **ENDLESS}
     done = two_ranks(tmp_path, first=DYING.replace("HOW", "raise ValueError('of rank 1')"), **settings)
     assert_that_it_ended_well(done, "ValueError: of rank 1", launch.runs / "run")
+    assert "error: lost touch with another rank" in done.stderr  # rank 0's; torchrun's SIGTERM may come before it is said
 
 
 def test_a_killed_rank_takes_the_job_down(launch, tmp_path):
