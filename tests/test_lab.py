@@ -439,6 +439,15 @@ def test_states(tmp_path):
     assert any(re.match(r"  frontier/one_gpu +One GPU, 300 s", line) for line in overview.preset_lines())
 
 
+def test_whoever_reads_may_leave(tmp_path):
+    """`lab.py list | head`: no word of a broken pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(ROOT / "lab.py"), "list", str(tmp_path)], stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
 @pytest.mark.parametrize("wrong", ["[]", '"text"', "null", "-1e999", "{}", '[{"a": null}]', "true"])
 def test_what_is_damaged_is_missing_and_no_more(tmp_path, wrong):
     """Every value of every file of a run in turn is of another kind: the verbs go on, and the other runs are as they were."""
