@@ -216,22 +216,8 @@ class Table:
         out = io.StringIO()
         out.writelines(f"# {note}\n" for note in self.notes())
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            [
-                "run",
-                "seeds",
-                "val_bpb",
-                "deviation",
-                "difference",
-                "low",
-                "high",
-                "verdict",
-                "tokens_per_second",
-                "bytes",
-                "seconds",
-                "settings",
-            ]
-        )
+        figures = ("val_bpb", "deviation", "difference", "low", "high")
+        writer.writerow(["run", "seeds", *figures, "verdict", "tokens_per_second", "bytes", "seconds", "settings"])
         for row in self.rows:
             low, high = row.bounds or (None, None)
             figures = (row.mean, row.deviation, row.difference, low, high)

@@ -118,39 +118,31 @@ class Figure:
         return hashlib.sha256(repr([(line.label, line.xs, line.ys) for line in self.series]).encode()).hexdigest()
 
 
+# What is drawn over an axis of X_AXES: which events of a run, what of them, and the label of the heights.
+CURVES = {
+    "loss": (begun, "train_loss", "training loss, nats a token"),
+    "val_bpb": (validations, "val_bpb", "val_bpb, float weights (dot: their average, the result)"),
+    "lr": (training, "lr", "learning rate, share of its peak"),
+}
+# What the last score is drawn against: a run's figure, and its label.
+SCORES = {
+    "bytes": (lambda run: run.bytes_total and run.bytes_total / 1e6, "MB, model and code"),
+    "seconds": (lambda run: run.train_seconds, X_AXES["seconds"]),
+}
+KINDS = (*CURVES, *SCORES)
+
+
 def figures(runs: Sequence[Result], kinds: Sequence[str], xs: Sequence[str]) -> list[Figure]:
-    """What was asked for and has anything to show."""
+    """What was asked for (of KINDS, over X_AXES) and has anything to show."""
     made = []
     for kind in kinds:
-        for x in xs if kind in ("loss", "val_bpb", "lr") else ("",):
-            if kind == "loss":
-                made.append(Figure(f"loss_{x}", curves(runs, begun, "train_loss", x), X_AXES[x], "training loss, nats a token"))
-            elif kind == "val_bpb":
-                made.append(
-                    Figure(
-                        f"val_bpb_{x}",
-                        curves(runs, validations, "val_bpb", x),
-                        X_AXES[x],
-                        "val_bpb, float weights (dot: their average, the result)",
-                    )
-                )
-            elif kind == "lr":
-                made.append(Figure(f"lr_{x}", curves(runs, training, "lr", x), X_AXES[x], "learning rate, share of its peak"))
-            elif kind == "bytes":
-                made.append(
-                    Figure(
-                        "bytes",
-                        scores(runs, lambda run: run.bytes_total and run.bytes_total / 1e6),
-                        "MB, model and code",
-                        "val_bpb, last stage",
-                    )
-                )
-            else:
-                made.append(Figure("seconds", scores(runs, lambda run: run.train_seconds), "seconds of training", "val_bpb, last stage"))
+        if kind in CURVES:
+            choose, key, y = CURVES[kind]
+            made += [Figure(f"{kind}_{x}", curves(runs, choose, key, x), X_AXES[x], y) for x in xs]
+        else:
+            against, x = SCORES[kind]
+            made.append(Figure(kind, scores(runs, against), x, "val_bpb, last stage"))
     return [figure for figure in made if figure.series]
-
-
-KINDS = ("loss", "val_bpb", "lr", "bytes", "seconds")
 
 
 def spread(wanted: Sequence[float], least: float) -> list[float]:
