@@ -406,8 +406,8 @@ class ScoreFirstEvaluator:
             self.trainer.reset()
         return time.perf_counter() - began
 
-    def session(self, targets: int, full: bool = True, report: Callable[..., None] | None = None) -> Session:
-        return Session(self, targets, full, report)
+    def session(self, targets: int, full: bool = True) -> Session:
+        return Session(self, targets, full, timed=False)
 
     def run(
         self, tokens: Tensor, full: bool = False, report: Callable[..., None] | None = None, advance: Callable[[int], None] | None = None
@@ -426,9 +426,11 @@ class ScoreFirstEvaluator:
 class WindowReader:
     """What the model says of a stream of which more and more becomes known, by windows: logits or losses of any stretch."""
 
-    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: Tensor, full: bool):
-        """tokens [N + 1]: the text, filled from the left by whoever calls. full: no shape of a forward tells where a document ends."""
-        self.evaluator, self.cfg, self.ctx, self.tokens, self.full = evaluator, evaluator.cfg, evaluator.ctx, tokens, full
+    def __init__(self, evaluator: ScoreFirstEvaluator, tokens: Tensor, text: Tensor, full: bool):
+        """tokens [N + 1]: the text on the device, and on the CPU; filled from the left by whoever calls. full: no shape of a forward
+        tells where a document ends."""
+        self.evaluator, self.cfg, self.ctx, self.full = evaluator, evaluator.cfg, evaluator.ctx, full
+        self.tokens, self.text = tokens, text
         self.windows = plan_windows(len(tokens) - 1, evaluator.seq_len, self.cfg.eval_stride)
         self.begins = [window.score_from for window in self.windows]
         self.stretch = evaluator.stretch
@@ -436,7 +438,7 @@ class WindowReader:
         self.ahead: list[tuple[int, int, Tensor, Tensor]] = []  # (start, known then, positions, values) of the last stretches
 
     def values(self, begin: int, end: int, known: int, chunk: Chunk, whole: bool) -> tuple[Tensor, Tensor]:
-        """This rank's share of targets begin..end-1 of a chunk: (ascending positions [n], losses [n] or, whole, logits [n, V]).
+        """This rank's share of targets begin..end-1 of a chunk: (ascending positions [n] on the CPU, losses [n] or, whole, logits [n, V]).
 
         Logits come a stretch of windows at a time; a stretch is kept for those who come back to it, and computed again once more of its
         inputs are known. Blank where nothing is known yet.
@@ -455,13 +457,15 @@ class WindowReader:
                 self.ahead = [part for part in self.ahead if part is not kept] + [(start, known, *values)]
         self.ahead.sort(key=lambda part: part[0])
         positions, logits = (torch.cat([part[i] for part in self.ahead]) for i in (2, 3))
-        inside = (positions >= begin) & (positions < end)
-        return positions[inside], logits[inside]
+        return self._only((positions >= begin) & (positions < end), positions, logits)
+
+    def _only(self, wanted: Tensor, positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return positions[wanted], values if wanted.all() else values[wanted.nonzero().squeeze(1).to(self.ctx.device)]
 
     def _windows_between(self, start: int, end: int) -> list[Window]:
         """Windows that score targets start..end-1. One that reaches over `start` is scored from there on only: same context, same result."""
         if self.cfg.by_document:
-            return document_windows(self.tokens, self.evaluator.seq_len, self.cfg.eval_stride, start, end)
+            return document_windows(self.text, self.evaluator.seq_len, self.cfg.eval_stride, start, end)
         first = bisect.bisect_right(self.begins, start) - 1
         last = bisect.bisect_left(self.begins, end)
         return [window._replace(score_from=max(window.score_from, start)) for window in self.windows[first:last]]
@@ -474,16 +478,16 @@ class WindowReader:
 
         mine = self._windows_between(start, end)[ctx.rank :: ctx.world_size]
         shape = (evaluator.vocab_size,) if whole else ()
-        positions, values = [torch.empty(0, dtype=torch.int64, device=ctx.device)], [torch.empty(0, *shape, device=ctx.device)]
+        positions, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, *shape, device=ctx.device)]
         sizes = evaluator.seq_len, self.cfg.eval_stride, evaluator.batch
         for at, value in score_windows(logits if whole else evaluator.forward, self.tokens, mine, *sizes, whole=self.full):
-            inside = at < end
-            positions.append(at[inside])
-            values.append(value[inside])
+            at, value = self._only(at < end, at, value)
+            positions.append(at)
+            values.append(value)
         positions, values = torch.cat(positions), torch.cat(values)
         if self.cfg.by_document:  # came in batches of like lengths
             positions, order = positions.sort()
-            values = values[order]
+            values = values[order.to(ctx.device)]
         return positions, values
 
     def close(self) -> None:
@@ -505,11 +509,15 @@ class Session:
         full: bool,
         report: Callable[..., None] | None = None,
         advance: Callable[[int], None] | None = None,
+        timed: bool = True,
     ):
+        """timed: know what each phase takes, for which the device is waited for after each."""
         cfg, ctx = evaluator.cfg, evaluator.ctx
+        self.timed = timed and ctx.device.type == "cuda"
         self.advance = advance or (lambda count: None)
         self.evaluator, self.cfg, self.ctx, self.targets, self.report = evaluator, cfg, ctx, targets, report
-        self.tokens = torch.zeros(targets + 1, dtype=torch.int32, device=ctx.device)  # blank beyond `known`; blank is no BOS
+        self.text = torch.zeros(targets + 1, dtype=torch.int32)  # blank beyond `known`; blank is no BOS
+        self.tokens = self.text.to(ctx.device)  # the same where the model is
         self.known = 0
         self.trace = EvaluationTrace(Ledger(targets), bytes_scored=0)
         # The mixture without experts is the model itself: that path also serves to show full distributions.
@@ -523,10 +531,10 @@ class Session:
             self.reader = DocumentReader(evaluator.document_trainer, self.tokens, self.trace.ledger, ctx)
             self.block = targets
         else:
-            self.reader = WindowReader(evaluator, self.tokens, full)
+            self.reader = WindowReader(evaluator, self.tokens, self.text, full)
             self.block = self.reader.stretch
         self.block = cfg.expert_block_tokens if self.mixture else self.block
-        self.chunks = plan_chunks(self.tokens, cfg)
+        self.chunks = plan_chunks(self.text, cfg)
         self.number = 0  # of the chunk at hand
         self.done = 0  # targets before it are scored and counted; a block begins here
         if evaluator.trainer:
@@ -534,13 +542,14 @@ class Session:
 
     def feed(self, tokens: Tensor) -> None:
         """The next tokens [n] of the text."""
-        tokens = torch.as_tensor(tokens, dtype=torch.int32)
+        tokens = torch.as_tensor(tokens, dtype=torch.int32).cpu()
         if self.known + len(tokens) > len(self.tokens):
             raise UserError(f"the text has {len(self.tokens):,} tokens: {len(tokens):,} more than {self.known:,} are too many")
-        self.tokens[self.known : self.known + len(tokens)] = tokens.to(self.ctx.device)
+        for place in (self.text, self.tokens):
+            place[self.known : self.known + len(tokens)] = tokens
         self.known += len(tokens)
         if bool((tokens == BOS_ID).any()):
-            self.chunks = plan_chunks(self.tokens, self.cfg)  # as far as they are begun they stay what they were
+            self.chunks = plan_chunks(self.text, self.cfg)  # as far as they are begun they stay what they were
 
     def catch_up(self, target: int) -> None:
         """Work off every block that ends at or before `target` and whose tokens are known."""
@@ -567,7 +576,8 @@ class Session:
             upto = min(end, last)
             here = ((mine >= first - begin) & (mine < upto - begin)).nonzero().squeeze(1)
             shown = torch.zeros(upto - first, self.evaluator.vocab_size, device=self.ctx.device)
-            shown[mine[here] + begin - first] = prediction.distribution(here)
+            place = (mine[here] + begin - first).to(self.ctx.device)
+            shown[place] = prediction.distribution(here.to(self.ctx.device))
             parts.append(self.ctx.all_reduce_sum(shown))
             if upto == end < self.known:
                 self._finish(begin, end, prediction, mine)
@@ -651,7 +661,7 @@ class Session:
     def clock(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        if self.ctx.device.type == "cuda":
+        if self.timed:
             torch.cuda.synchronize(self.ctx.device)
         self.trace.seconds[phase] = self.trace.seconds.get(phase, 0.0) + time.perf_counter() - began
 
@@ -667,26 +677,27 @@ class Session:
     def _record_plain(self, start: int, end: int) -> None:
         positions, nll = self.reader.values(start, end, self.known, self.chunks[self.number], whole=False)
         gathered = torch.zeros(2, end - start, dtype=torch.float64, device=self.ctx.device)
-        gathered[0, positions - start] = nll.double()
-        gathered[1].index_add_(0, positions - start, torch.ones_like(positions, dtype=torch.float64))
+        at = (positions - start).to(self.ctx.device)
+        gathered[0, at] = nll.double()
+        gathered[1].index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
         self._record(start, end, *self.ctx.all_reduce_sum(gathered))
 
     def _predict(self, begin: int, end: int) -> tuple[Prediction, Tensor]:
-        """The block's distributions, and which of its targets this rank has; complete before a target is named."""
+        """The block's distributions, and which of its targets this rank has (on the CPU); complete before a target is named."""
         with self.clock("model"):
             positions, logits = self.reader.values(begin, end, self.known, self.chunks[self.number], whole=True)
         if self.ctx.world_size == 1 and len(positions) < end - begin:  # the same shape as when all of it is known
             logits = torch.cat((logits, logits.new_zeros(end - begin - len(positions), logits.size(1))))
-            positions = torch.arange(begin, end, device=self.ctx.device)
+            positions = torch.arange(begin, end)
         with self.clock("experts"):
             at, mine = torch.arange(begin, end, device=self.ctx.device), positions - begin
             contexts = context_rows(self.tokens, at, self.mixture.context_length, self.evaluator.vocab_size)
-            return self.mixture.predict(logits, contexts, mine), mine
+            return self.mixture.predict(logits, contexts, mine.to(self.ctx.device)), mine
 
     def _record_mixed(self, begin: int, end: int, prediction: Prediction, mine: Tensor) -> None:
         """Scores of the block's targets, and what the experts learn from them."""
         cfg, ctx, mixture = self.cfg, self.ctx, self.mixture
-        at = torch.arange(begin, end, device=ctx.device)
+        at, mine = torch.arange(begin, end, device=ctx.device), mine.to(ctx.device)
         targets = self.tokens[at + 1].long()
         record = prediction.record(targets[mine])
         gathered = torch.zeros(end - begin, record.size(1) + 1, dtype=torch.float64, device=ctx.device)

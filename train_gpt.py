@@ -2612,9 +2612,9 @@ FILL_ID = 0  # behind a window's end. Not BOS: thousands of documents of one tok
 def score_windows(
     forward: Callable[..., Tensor], tokens: Tensor, windows: list[Window], seq_len: int, stride: int, batch_seqs: int, whole: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Score windows, batches of like ones at a time; yields (target positions int64 [n], what `forward` gives there [n, …]), ascending only
-    within a batch. A batch is `batch_seqs` windows of seq_len, or as many more as the windows are shorter. whole: all are filled up to
-    seq_len, so that no shape tells where a document ends.
+    """Score windows, batches of like ones at a time; yields (target positions int64 [n] on the CPU, what `forward` gives there [n, …]), ascending
+    only within a batch. A batch is `batch_seqs` windows of seq_len, or as many more as the windows are shorter. whole: all are filled up to
+    seq_len, so that no shape tells where a document ends. What is to be scored is planned on the CPU: nothing here waits for the device.
     """
     device, groups = tokens.device, {}
     for window in windows:
@@ -2625,14 +2625,15 @@ def score_windows(
     for (width, scored), members in groups.items():
         rows, offsets = batch_seqs * seq_len // width, torch.arange(width, device=device)
         for at in range(0, len(members), rows):
-            start, score_from, end = torch.tensor(members[at : at + rows], device=device).T[..., None]
-            index = start + offsets
-            inside = index < end
-            inputs, targets = (tokens[(index + ahead).clamp_max(len(tokens) - 1)].long() for ahead in (0, 1))
+            start, score_from, end = torch.tensor(members[at : at + rows]).T[..., None]
+            there = start.to(device) + offsets
+            inside = there < end.to(device)
+            inputs, targets = (tokens[(there + ahead).clamp_max(len(tokens) - 1)].long() for ahead in (0, 1))
             with torch.no_grad():  # the padding is constant: nothing of the text behind a window gets in
                 values = forward(inputs.where(inside, FILL_ID), targets.where(inside, FILL_ID), reduction="none", score_last=scored)
-            index, wanted = index[:, -scored:], (inside & (index >= score_from))[:, -scored:]
-            yield index[wanted], values[wanted].float()
+            index = start + torch.arange(width - scored, width)
+            wanted = (index >= score_from) & (index < end)
+            yield index[wanted], values[tuple(part.to(device) for part in wanted.nonzero(as_tuple=True))].float()
 
 
 @dataclass(frozen=True)
@@ -2665,6 +2666,7 @@ def evaluate(
     mine, batch = windows[ctx.rank :: ctx.world_size], eval_batch_size(cfg, seq_len, ctx.device)
     with ctx.progress("sliding windows" if stride < seq_len else "validation", targets) as advance:
         for positions, values in score_windows(forward, tokens, mine, seq_len, stride, batch):
+            positions = positions.to(ctx.device)
             nll[positions] = values
             times.index_add_(0, positions, torch.ones_like(values))
             advance(len(positions) * ctx.world_size)

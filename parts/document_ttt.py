@@ -174,7 +174,8 @@ class DocumentReader:
         self.done: dict[tuple[int, int], Tensor | None] = {}  # span -> its values [n, …]; None where another rank has them
 
     def values(self, begin: int, end: int, known: int, chunk: object, whole: bool) -> tuple[Tensor, Tensor]:
-        """This rank's share of targets begin … end-1, as far as the `known` tokens allow: (positions [n], losses [n] or, whole, logits [n, V])."""
+        """This rank's share of targets begin … end-1, as far as the `known` tokens allow: (positions [n] on the CPU, losses [n] or, whole,
+        logits [n, V])."""
         self._look(known)
         shape = (self.trainer.model.cfg.vocab_size,) if whole else ()
         positions, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, *shape)]
@@ -189,7 +190,7 @@ class DocumentReader:
                 first, last = max(start, begin), min(stop, end)
                 positions.append(torch.arange(first, last))
                 values.append(found[first - start : last - start])
-        return torch.cat([part.to(self.ctx.device) for part in positions]), torch.cat([part.to(self.ctx.device) for part in values])
+        return torch.cat(positions), torch.cat([part.to(self.ctx.device) for part in values])
 
     def _look(self, known: int) -> None:
         if known != self.known:
