@@ -54,8 +54,10 @@ def group_runs(runs: Sequence[Result]) -> list[Group]:
 
 def interval(ours: dict[Result, float], others: dict[Result, float], paired: bool) -> tuple[tuple[float, float] | None, str]:
     """-> (the interval of mean(ours) − mean(others), the method), or (None, why there is none)."""
-    from scipy import stats
-
+    try:
+        from scipy import stats
+    except ModuleNotFoundError:
+        raise UserError("intervals need scipy: pip install -r requirements-lab.txt") from None
     if paired:
         mine, theirs = ({run.seed: score for run, score in scores.items()} for scores in (ours, others))
         seeds = sorted(mine.keys() & theirs.keys(), key=str)

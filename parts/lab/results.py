@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +36,16 @@ EVENT_KINDS = {**KINDS, "tokens_per_second": float}  # in eval.json those of eac
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in MARKS)
+    return any(os.path.isfile(folder / name) for name in MARKS)  # of a folder that may not be read: no
 
 
 def find_runs(folder: Path, depth: int = 4) -> Iterator[Path]:
     """Every run's folder at or below `folder`, sorted by name; what lies inside a run's folder is none."""
     if is_run(folder):
         yield folder
-    elif depth and folder.is_dir():
+    elif depth and os.path.isdir(folder):
         try:
-            below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+            below = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
         except OSError:
             return
         for path in below:
