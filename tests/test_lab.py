@@ -136,6 +136,8 @@ def test_a_stage_may_be_added_later(tmp_path, command):
     work(Plan("q", runs, command), tmp_path)
     assert len(starts(tmp_path / "q" / "reference-s1")) == 2
     assert list(read_json(tmp_path / "q" / "reference-s1" / "lab.json")["done"]) == ["train", "quantize"]
+    work(Plan("q", runs, {**command, "quantize": [*command["train"], "--otherwise"]}), tmp_path)
+    assert len(starts(tmp_path / "q" / "reference-s1")) == 3, "what was done with other arguments is not done"
 
 
 def test_a_queue_may_be_worked_off_in_instalments(tmp_path, command):
@@ -167,6 +169,17 @@ def test_a_queue_may_be_worked_off_in_instalments(tmp_path, command):
     assert not (tmp_path / "there" / "q" / "a-s1" / "starts").exists()
     code, _ = work(plan, tmp_path / "there", seconds=60.0)
     assert code == 0 and [len(starts(tmp_path / "there" / "q" / run.name)) for run in runs] == [2, 2, 2, 2, 1]
+
+
+def test_time_that_is_spent_is_not_there_for_the_next(tmp_path, command, monkeypatch):
+    plan = Plan("q", [Run("a", seed, {"SEED": str(seed)}) for seed in (1, 2)], command)
+    work(plan.part(["a-s1"]), tmp_path)
+    done = tmp_path / "q" / "a-s1" / "lab.json"
+    write_json(done, read_json(done) | {"done": {"train": {"seconds": 20.0}}})
+    queue = Q.Queue(plan, tmp_path, Q.Local(["cpu"]), seconds=30.0)
+    queue.enter(plan.runs[1], queue.folders[1], retry=False)
+    monkeypatch.setattr(Q.time, "monotonic", lambda: 1000.0)
+    assert queue._next(queue.folders[1:], began=991.0) == queue.folders[1] and queue._next(queue.folders[1:], began=989.0) is None
 
 
 def test_each_device_has_one_run_at_a_time(tmp_path, command):
@@ -224,6 +237,18 @@ def test_a_killed_queue_goes_on_where_it_was(tmp_path, command):
     assert second.returncode == 0, output
     assert [len(starts(tmp_path / "q" / f"a-s{seed}")) for seed in (1, 2, 3)] == [1, 1, 1]
     assert "3 of 3 done" in output
+
+
+def test_a_command_keeps_its_run_when_its_worker_is_killed(tmp_path, command):
+    pipe, folder = tmp_path / "pipe", tmp_path / "q" / "a-s1"
+    os.mkfifo(pipe)
+    plan = Plan("q", [Run("a", 1, {"SEED": "1", "WAIT": str(pipe)})], command)
+    Q.Queue(plan, tmp_path, Q.Local(["cpu"])).enter(plan.runs[0], tmp_path / "q" / "a-s1", retry=False)
+    worker = subprocess.Popen([sys.executable, ROOT / "lab.py", "one", folder], env=clean_environment())
+    with open(pipe, "w"):  # the command is there, and waits
+        worker.kill()
+        worker.wait()
+        assert Q.taken(folder)
 
 
 def test_a_queue_has_a_folder_of_its_own(tmp_path, command):
