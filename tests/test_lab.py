@@ -75,6 +75,8 @@ def test_a_spec_is_spread_out():
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert [run.reference for run in plan.runs].count(True) == 3
     assert not any(run.reference for run in make_plan({**spec, "reference": False}).runs)
+    alike = make_plan({"name": "q", "reference": False, "set": {"BITS_OVERRIDE": ["mlp:5", "mlp=5"]}})
+    assert len({run.name for run in alike.runs}) == 2, "what folders cannot be called is told apart all the same"
 
 
 @pytest.mark.parametrize(
