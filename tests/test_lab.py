@@ -23,7 +23,7 @@ import train_gpt as T
 from parts.files import UserError, read_json, write_json
 from parts.lab import overview, plots, records
 from parts.lab import queue as Q
-from parts.lab.compare import Table, interval
+from parts.lab.compare import Table, group_runs, interval
 from parts.lab.results import Result, read_runs
 from parts.lab.sample import generate
 from parts.lab.spec import Plan, Run, check_plan, load_plan, make_plan
@@ -381,6 +381,11 @@ def test_intervals_are_the_formulas(tmp_path):
     assert interval(single, theirs, paired=True)[0] is None
     same = {run: 1.0 for run in mine}
     assert interval(same, {run: 2.0 for run in theirs}, paired=False) == (None, "no variance between seeds: no interval")
+
+
+def test_runs_started_by_hand_are_grouped_by_their_settings(tmp_path):
+    runs = [kept(tmp_path / name, 1.0, seed, num_loops=loops) for name, seed, loops in (("a", 1, 0), ("b", 2, 0), ("c", 1, 1))]
+    assert [[run.name for run in group.runs] for group in group_runs(runs)] == [["a", "b"], ["c"]]
 
 
 def queue_of_runs(root):
