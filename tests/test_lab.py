@@ -464,6 +464,8 @@ def test_states(tmp_path):
     assert Result(folder).state == "running" and Result(folder).stage == "quantize"
     write_json(folder / "lab.json", read_json(folder / "lab.json") | {"running": me | {"pid": 2**22 + 1}})
     assert Result(folder).state == "queued"
+    (folder / "metrics.jsonl").write_text('{"event": "train", "step": 1, "progress": true}\n')
+    assert Result(folder).state == "stopped" and Result(folder).progress is None
     with run_lock(runs["gain-s0"].folder):
         assert Result(runs["gain-s0"].folder).stage == "train"
     text = "\n".join(overview.run_lines([tmp_path]))
