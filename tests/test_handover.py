@@ -126,6 +126,16 @@ def test_a_stretch_of_a_large_training_shard_does_not_change_unseen(tmp_path, pa
     assert digests[0] != digests[1]
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_ends_of_a_large_training_shard_are_looked_at(tmp_path, place):
+    tokens, digests = np.random.default_rng(0).integers(2, 500, 1_200_000, dtype=np.uint16), []
+    for token in (7, 8):
+        tokens[place] = token
+        (tmp_path / "fineweb_train_000000.bin").write_bytes(shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
+        digests.append(split_digest(tmp_path, "train"))
+    assert digests[0] != digests[1]
+
+
 def test_a_score_on_other_validation_data_says_so(run, dataset, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     command(eval_ttt, folder, DATA_PATH=other_validation(dataset, tmp_path), DEVICE="cpu", TTT_MODE="off", EVAL_TOKENS=0)

@@ -26,7 +26,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import builds, prepare, readers, shards
+from data import builds, prepare, published, readers, shards
 from parts.files import UserError, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -382,7 +382,7 @@ def test_text_key(here, tokenizer, capsys):
 
 def test_long_documents_are_cut_at_newlines_and_lose_nothing(here, tokenizer, monkeypatch):
     monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
-    text = "".join(f"line {i} é\n" for i in range(500)) + "é" * 3000  # its end has no newline to cut at
+    text = "".join(f"line {i} é\n" for i in range(500)) + "x" + "é" * 3000  # its end has no newline to cut at, nor a character's edge
     (here / "a.txt").write_text(text)
     write_jsonl(here / "b.jsonl", [text])
     pieces = [p.decode() for p in readers.split_document(text.encode())]
@@ -583,7 +583,8 @@ def test_damaged_dataset_is_built_again_and_another_one_is_kept(here, tokenizer,
     prepare_ok(*command, 0.2)
     assert files_of(here / "set") == expected
 
-    assert "--overwrite" in refused(capsys, *command, 0.3)
+    for other in ((0.3,), (0.2, "--allow-lossy")):
+        assert "--overwrite" in refused(capsys, *command, *other)
     assert files_of(here / "set") == expected
     (here / "set/manifest.json").write_text("{")
     assert "set/manifest.json: damaged" in refused(capsys, *command, 0.2)
@@ -593,6 +594,16 @@ def test_damaged_dataset_is_built_again_and_another_one_is_kept(here, tokenizer,
 
     write_jsonl(here / "in.jsonl", DOCUMENTS[:-1])  # changed input is another build
     assert "--overwrite" in refused(capsys, *command, 0.3)
+
+
+def test_a_tokenizer_that_is_gone_is_made_again(here):
+    write_jsonl(here / "in.jsonl", DOCUMENTS)
+    command = ("in.jsonl", "--vocab-size", VOCAB, "--out", "set", "--tokenizer-out", "t.model", "--workers", 1, "--val-fraction", 0.2)
+    prepare_ok(*command)
+    made = (here / "t.model").read_bytes()
+    (here / "t.model").unlink()
+    prepare_ok(*command)
+    assert (here / "t.model").read_bytes() == made
 
 
 def manifest_of_bytes(files: dict[str, bytes]) -> dict:
@@ -650,6 +661,12 @@ def test_bad_files(here, tokenizer, capsys, name, data, message):
     (here / name).write_bytes(data)
     assert message in refused(capsys, name, "--tokenizer", tokenizer, "--out", "set", "--workers", 1)
     assert [p.name for p in here.iterdir()] == [name]  # nothing half-written
+
+
+def test_a_line_that_is_no_document_is_not_read_whole(here, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 100)
+    write_jsonl(here / "in.jsonl", ["short", "long " * 30])
+    assert "in.jsonl:2: a line of more than" in refused(capsys, "in.jsonl", "--tokenizer", tokenizer, "--out", "set", "--workers", 1)
 
 
 def test_an_error_in_a_worker_process_is_still_one_line(here, tokenizer, capsys):
@@ -914,6 +931,18 @@ def test_published_export(hub, here, tokenizer, capsys):
     assert [Path(n).name for n in hub.sent] == ["manifest.json", "fineweb_train_000001.bin"]
     assert split_texts(folder, model, "train") == DOCUMENTS[20:100]
     assert sorted(p.name for p in (here / "datasets").iterdir()) == ["web"]
+
+
+def test_a_document_that_runs_on_into_the_next_shard_is_counted_whole(here, tokenizer):
+    processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
+    tokens = np.array([t for text in DOCUMENTS[:5] for t in [1, *processor.encode(text)]], "<u2")
+    paths, cut = [here / shards.shard_name("train", index) for index in range(2)], len(tokens) // 2
+    assert tokens[cut] != 1
+    for path, part in zip(paths, (tokens[:cut], tokens[cut:])):
+        path.write_bytes(shards.shard_header(len(part)) + part.tobytes())
+    entry = published.count_split(paths, shards.ByteTable.from_tokenizer(processor), processor.vocab_size(), lambda: None)
+    assert (entry["documents"], entry["tokens"]) == (5, len(tokens))
+    assert entry["raw_bytes"] == sum(len(text.encode()) for text in DOCUMENTS[:5])
 
 
 def test_published_export_at_the_root_of_a_repository(hub, here):
