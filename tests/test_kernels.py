@@ -1,5 +1,7 @@
 """The Triton kernels against their plain twins: outputs and every gradient at odd sizes. Without a GPU they run under Triton's interpreter."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,22 @@ def test_mlp(act, tokens, width, hidden, small_tiles):
     inputs = [random(tokens, width, dtype=EXACT), random(hidden, width, scale=0.2, dtype=EXACT), random(width, hidden, dtype=EXACT)]
     ours = lambda x, up, down: kernels.fused_mlp(x[None], up, down, act)[0]
     compare(ours, lambda x, up, down: kernels.plain_mlp(x, up, down, act), inputs, 0.01)
+
+
+def test_activations_are_their_formulas():
+    h = torch.linspace(-3, 3, 7)
+    rectified = torch.where(h > 0, h, 0.0)
+    formulas = {"leaky_relu2": rectified - 0.5 * (rectified - h), "relu2": rectified, "silu2": h / (1 + (-h).exp())}
+    for act, formula in formulas.items():
+        torch.testing.assert_close(kernels.squared_activation(h, act), formula**2)
+
+
+def test_a_matrix_that_does_not_train_costs_no_product(small_tiles):
+    x, up, down = random(16, 16, dtype=EXACT), random(32, 16, dtype=EXACT), random(16, 32, dtype=EXACT)
+    post, needs = kernels.mlp_up(x, up, True), (True, False, False, False)
+    ctx = SimpleNamespace(saved_tensors=(x, up, down, post), leaky=True, needs_input_grad=needs)
+    gradients = kernels._FusedMLP.backward(ctx, torch.ones_like(x))
+    assert [gradient is not None for gradient in gradients] == list(needs)
 
 
 def test_the_sign_rides_in_the_lowest_bit(small_tiles):
