@@ -2801,6 +2801,7 @@ class TrainState:
         """What keeps `load` from taking these tensors; None if nothing does."""
         shapes = {name: param.shape for name, param in self.model.named_parameters()}
         expected = {f"model/{name}": shape for name, shape in shapes.items()}
+        expected |= {f"ema/{name}": value.shape for name, value in zip(shapes, self.ema)}
         expected |= {name: buffer.shape for name, buffer in self.optimizers.muon.buffers().items()}
         expected["rng/cpu"] = torch.get_rng_state().shape
         if any(name.startswith("adam/") for name in tensors):  # there is no such state before the first step
@@ -2808,11 +2809,10 @@ class TrainState:
                 if spec.optimizer == "adam":
                     expected |= {f"adam/{spec.name}/{key}": spec.param.shape for key in ("exp_avg", "exp_avg_sq")}
                     expected[f"adam/{spec.name}/step"] = torch.Size()
-        optional = {f"ema/{name}": shape for name, shape in shapes.items()}
         if missing := sorted(expected.keys() - tensors.keys()):
             return f"{missing[0]} is missing"
         for name, tensor in tensors.items():
-            shape = {**expected, **optional}.get(name, tensor.shape if name == "rng/cuda" else None)
+            shape = expected.get(name, tensor.shape if name == "rng/cuda" else None)
             if tensor.shape != shape:
                 return f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}" if shape is not None else f"{name} is none of its tensors"
         return None
@@ -2821,7 +2821,7 @@ class TrainState:
         params = dict(self.model.named_parameters())
         load_weights(self.model, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")})
         for name, value in zip(params, self.ema):
-            value.copy_(tensors.get(f"ema/{name}", tensors[f"model/{name}"]))  # an EMA switched on at resume starts from the weights
+            value.copy_(tensors[f"ema/{name}"])
         self.optimizers.load_state(tensors)
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and self.optimizers.ctx.device.type == "cuda":

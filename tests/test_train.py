@@ -461,17 +461,38 @@ def test_one_ranks_signal_stops_all_by_rank_zeros_clock(train, monkeypatch):
     assert trainer.agree(12.5) == (12.5, signal.SIGUSR1)
 
 
-def test_ranks_that_would_train_something_else_are_refused(train, monkeypatch):
+@pytest.mark.parametrize("what", ["the training data", "the code", "the settings", "the version of torch", "the weights"])
+def test_ranks_that_would_train_something_else_are_refused(train, monkeypatch, what):
     def gather(ctx, value):
-        return [value, {**value, "the training data": "0" * 64}]
+        return [value, {**value, what: "0" * 64}]
 
     folder, _ = train(RUN_ID="alone", ITERATIONS=1)
     monkeypatch.setattr(T.RunContext, "gather_objects", gather)
     cfg = T.Config.from_dict(T.load_run(folder)[0])
     trainer = T.Trainer(cfg, T.RunContext(), folder)
     trainer.ctx.world_size = 2
-    with pytest.raises(T.UserError, match=r"the training data of rank 1 \(000000000000…\) differs from rank 0's"):
+    with pytest.raises(T.UserError, match=rf"{what} of rank 1 \(000000000000…\) differs from rank 0's"):
         trainer.check_same_run()
+
+
+def test_a_digest_is_of_names_types_shapes_and_bytes():
+    one = {"a": torch.zeros(4, 2), "b": torch.ones(4, 2)}
+    others = [
+        {"a": one["a"], "c": one["b"]},
+        {"a": one["b"], "b": one["a"]},
+        {**one, "b": one["b"].view(2, 4)},
+        {**one, "a": one["a"].int()},
+    ]
+    assert len({T.tensors_digest(tensors, "") for tensors in [one, *others]} | {T.tensors_digest(one, "text")}) == 6
+
+
+def test_a_checkpoint_without_the_average_is_passed_over(train, interrupted):
+    folder = interrupted(RUN_ID="run")
+    path = folder / "checkpoints" / "step_0000008.safetensors"
+    tensors, meta = T.load_tensors(path)
+    T.save_tensors(path, {name: value for name, value in tensors.items() if not name.startswith("ema/")}, meta)
+    train(RUN_ID="run", RESUME=1)
+    assert "is missing" in (folder / "train.log").read_text() and "resume: step 4" in (folder / "train.log").read_text()
 
 
 def test_unreadable_checkpoints_are_kept_and_named(train, interrupted):
