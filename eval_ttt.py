@@ -533,7 +533,8 @@ class Session:
         else:
             self.reader = WindowReader(evaluator, self.tokens, self.text, full)
             self.block = self.reader.stretch
-        self.block = cfg.expert_block_tokens if self.mixture else self.block
+        if cfg.expert_names or cfg.invalid_cache or (self.mixture and evaluator.document_trainer):
+            self.block = cfg.expert_block_tokens
         self.chunks = plan_chunks(self.text, cfg)
         self.number = 0  # of the chunk at hand
         self.done = 0  # targets before it are scored and counted; a block begins here

@@ -331,6 +331,24 @@ def test_a_score_is_the_same_to_the_bit_with_and_without_its_audit(form):
         assert (sliding.val_loss, sliding.val_bpb) == (audited.val_loss, audited.val_bpb)
 
 
+def test_a_session_reads_what_it_is_asked_for_alone():
+    """A referee asks a row here and there: what lies between has not to be read, nor a stretch again once all of it is known."""
+    tested, tokens, reads = (
+        evaluator(config(eval_batch_seqs=2, eval_by_document=True, ttt_mode="off", expert_block_tokens=64)),
+        stream(240),
+        [],
+    )
+    session = tested.session(239)
+    compute = session.reader._compute
+    session.reader._compute = lambda start, end, whole: reads.append(start) or compute(start, end, whole)
+    stretch = session.reader.stretch
+    asked = [stretch * n + 3 for n in range(239 // stretch)]
+    for target in asked:
+        session.feed(tokens[session.known : target + 1])
+        session.rows(target, target + 1)
+    assert len(asked) > 5 and reads == [target - 3 for target in asked]
+
+
 def test_a_session_refuses_what_it_cannot_answer():
     tokens = stream(100)
     session = evaluator(config()).session(99)
