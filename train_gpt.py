@@ -984,6 +984,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
+def normed_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B,T,H,D], k [B,T,K,D] normed and rotated, q times its head's gain [H]. The twin of `kernels.heads_of`."""
+    return rotate(rms_norm(q), cos, sin) * gain.to(q.dtype)[:, None], rotate(rms_norm(k), cos, sin)
+
+
 def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z / cap)
 
@@ -994,14 +999,14 @@ class Kernels:
 
     full: str = "flash"  # attention over everything before
     windowed: str = "plain"  # sliding-window attention
-    fused: bool = False  # parts/kernels.py's Triton kernels: MLP, softcapped cross-entropy, XSA with its gate
+    fused: bool = False  # parts/kernels.py's Triton kernels: MLP, softcapped cross-entropy, q and k's norm with rotary embedding, XSA with its gate
     gdn: str = "torch"
     refused: tuple[str, ...] = ()
 
     def lines(self, reasons: bool = True) -> list[str]:
         """For the banner. reasons: why faster ones do not serve, which on a CPU is no question."""
         return [
-            f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy and XSA {'triton' if self.fused else 'plain'}, "
+            f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy, heads and XSA {'triton' if self.fused else 'plain'}, "
             f"gated delta rule {self.gdn}" + (f" (not: {'; '.join(self.refused)})" if self.refused and reasons else "")
         ]
 
@@ -1485,13 +1490,18 @@ def adapted(y: Tensor, x: Tensor, adapter: Callable[[Tensor], Tensor] | None, sc
     return y + (adapter(x) if scale is None else adapter(x) * scale.to(x.dtype))
 
 
-def joint_linear(x: Tensor, linears: Sequence[Linear], scale: Tensor | None = None) -> list[Tensor]:
-    """The outputs of several linear layers that read the same x, as one matrix product."""
+def joint_product(x: Tensor, linears: Sequence[Linear], scale: Tensor | None = None) -> Tensor:
+    """What several linear layers without their adapters make of the same x, side by side: one matrix product."""
     for linear in linears:
         if linear.observer is not None:
             linear.observer(x)
     matrices = [linear.matrix(x.dtype, scale) for linear in linears]
-    parts = F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0]).split([m.size(0) for m in matrices], -1)
+    return F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0])
+
+
+def joint_linear(x: Tensor, linears: Sequence[Linear], scale: Tensor | None = None) -> list[Tensor]:
+    """The outputs of several linear layers that read the same x, as one matrix product."""
+    parts = joint_product(x, linears, scale).split([linear.weight.size(0) for linear in linears], -1)
     return [adapted(part, x, linear.adapter, scale) for part, linear in zip(parts, linears)]
 
 
@@ -1638,6 +1648,7 @@ class CausalAttention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.fusible = self.head_dim & (self.head_dim - 1) == 0  # the kernels take heads of a power of two
         self.window = cfg.window_size if self.windowed else 0
         kv_dim = self.kv_heads * self.head_dim
         self.c_q = Linear(cfg.model_dim, self.heads * self.head_dim)
@@ -1653,23 +1664,29 @@ class CausalAttention(nn.Module):
         self.gate_scale, self.gate_max = cfg.attn_gate_scale, cfg.attn_gate_max
 
     def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
-        q, k, v = joint_linear(x, (self.c_q, self.c_k, self.c_v))
-        q = rms_norm(q.unflatten(-1, (self.heads, self.head_dim)))
-        k = rms_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
+        q, k, *values = self._project(x, ctx)
         if self.ve_scale is not None:
-            v = v + 0.1 * self.ve_scale.to(x.dtype) * ctx.value_embedding
-        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        q = rotate(q, ctx.cos, ctx.sin) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(k, ctx.cos, ctx.sin)
-        o = self._attend(q, k, v, ctx)
+            added = (0.1 * self.ve_scale.to(x.dtype) * ctx.value_embedding).unflatten(-1, (self.kv_heads, self.head_dim))
+            values = [v + added for v in values]
+        o = self._attend(q, k, values[0], ctx)
         gate = None
         if self.gate is not None:
             gate = torch.sigmoid(self.gate_scale * F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype))) * self.gate_max
         if self.xsa:
-            o = (kernels.exclusive_gate if ctx.kernels.fused else kernels.plain_exclusive_gate)(o, v, gate)
+            fused = ctx.kernels.fused and self.fusible
+            o = (kernels.exclusive_gate if fused else kernels.plain_exclusive_gate)(o, values[-1], gate)
         elif gate is not None:
             o = o * gate[..., None]
         return self.proj(o.flatten(-2), scale)
+
+    def _project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, ...]:
+        """q [B,T,H,D] and k [B,T,Hkv,D], ready for attention, and v [B,T,Hkv,D]: once, or for each of its readers."""
+        linears = (self.c_q, self.c_k, self.c_v)
+        if ctx.kernels.fused and self.fusible and all(linear.adapter is None for linear in linears):
+            readers = 2 if self.xsa and self.ve_scale is None else 1
+            return kernels.heads_of(joint_product(x, linears), ctx.cos, ctx.sin, self.q_gain, self.kv_heads, readers)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in joint_linear(x, linears))
+        return *normed_heads(q, k, ctx.cos, ctx.sin, self.q_gain), v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.state is not None:
@@ -3942,12 +3959,14 @@ class Benchmark(Trainer):
 
     def part_of(self, name: str, shapes: str) -> str:
         cfg, sizes = self.cfg.model, set(map(int, re.findall(r"\d+", shapes)))
-        if name.startswith("golf::mlp") or (int(cfg.mlp_mult * cfg.model_dim) in sizes and name.startswith("aten::")):
+        if name.startswith("golf::mlp") or (int(cfg.mlp_mult * cfg.model_dim) in sizes and name.startswith(("aten::mm", "aten::addmm"))):
             return "MLP"
         if name.startswith("golf::softcap") or "softmax" in name or (cfg.vocab_size in sizes and name.startswith("aten::")):
             return "head and loss"
         if "attention" in name or "flex" in name:
             return "attention"
+        if name.startswith("golf::heads"):
+            return "norms and residual"
         if name.startswith(("golf::", "aten::mm", "aten::addmm")):  # what is left: q, k, v and output projections, XSA, GDN
             return "mixers"
         return "norms and residual" if name.startswith("triton_") else "rest"

@@ -4,6 +4,7 @@
 |---|---|---|
 | `fused_mlp` | the activation is the epilogue of the first product, its derivative that of the second's gradient; one tensor is kept | `plain_mlp` |
 | `softcap_cross_entropy` | one pass over the logits, which the gradient replaces in place | `train_gpt.output_head` |
+| `heads_of` | q and k are normed, rotated and scaled in one pass; one more makes the gradient of the joint product of q, k, v | `train_gpt.normed_heads` |
 | `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
 | `flash_attention` | flash-attn-4 (CuTe) for full, windowed and by-document attention, with the row's log-sum for sinks | `train_gpt.naive_attention` |
 
@@ -246,6 +247,178 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
 def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Mean over tokens of the cross-entropy of cap·tanh(x Wᵀ/cap); x [..., C], weight [V,C] (cast to x's dtype), targets int64 [...]."""
     return _SoftcapCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, targets.reshape(-1), cap)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Heads: norm, rotary embedding and gain of q and k
+# ----------------------------------------------------------------------------------------------------------------------
+
+# A program takes some rows of one head of the joint product [M, (H + 2K) D]. Only the first dims of a head turn: they are read once more, from
+# the cache, as the two halves that turn into each other. The rotation R is orthogonal, so one sum a row, dy · R x̂ = Rᵀdy · x̂, is both what the
+# norm's gradient and what the gain's gradient needs. Keys take part as heads of gain 1.
+
+if triton is not None:
+
+    @triton.jit
+    def _turning(base, cos, sin, rows, here, T, W, HALF: tl.constexpr, BH: tl.constexpr):
+        """The two turning parts of a head at `base`, and their cosines and sines: float32 [rows, BH] each, and where they stand."""
+        n = tl.arange(0, BH)
+        turns = here[:, None] & (n < HALF)[None, :]
+        at = rows[:, None] * W + n[None, :]
+        angle = (rows % T)[:, None] * HALF + n[None, :]
+        a = tl.load(base + at, mask=turns, other=0.0).to(tl.float32)
+        b = tl.load(base + at + HALF, mask=turns, other=0.0).to(tl.float32)
+        c = tl.load(cos + angle, mask=turns, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
+        return a, b, c, s, n, turns
+
+    @triton.jit
+    def _heads_forward(
+        joint, cos, sin, gain, q, k, M, T,
+        H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr,
+    ):  # fmt: skip
+        W: tl.constexpr = (H + 2 * K) * D
+        head = tl.program_id(0) % (H + K)
+        rows = (tl.program_id(0) // (H + K)).to(tl.int64) * BM + tl.arange(0, BM)
+        here = rows < M
+        d = tl.arange(0, D)
+        base = joint + head * D
+        x = tl.load(base + rows[:, None] * W + d[None, :], mask=here[:, None], other=0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
+        if head < H:
+            factor *= tl.load(gain + head)
+            out, width = q + head * D, H * D
+        else:
+            out, width = k + (head - H) * D, K * D
+        dtype = q.dtype.element_ty
+        straight = here[:, None] & (d >= 2 * HALF)[None, :]
+        tl.store(out + rows[:, None] * width + d[None, :], (x * factor[:, None]).to(dtype), mask=straight)
+        a, b, c, s, n, turns = _turning(base, cos, sin, rows, here, T, W, HALF, BH)
+        at = rows[:, None] * width + n[None, :]
+        tl.store(out + at, ((a * c + b * s) * factor[:, None]).to(dtype), mask=turns)
+        tl.store(out + at + HALF, ((b * c - a * s) * factor[:, None]).to(dtype), mask=turns)
+
+    @triton.jit
+    def _heads_backward(
+        joint, cos, sin, gain, d_q, d_k, d_v, d_v_again, d_joint, d_gain, M, T,
+        H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr,
+        AGAIN: tl.constexpr,
+    ):  # fmt: skip
+        W: tl.constexpr = (H + 2 * K) * D
+        head, block = tl.program_id(0) % (H + 2 * K), tl.program_id(0) // (H + 2 * K)
+        rows = block.to(tl.int64) * BM + tl.arange(0, BM)
+        here = rows < M
+        d = tl.arange(0, D)
+        at = rows[:, None] * W + head * D + d[None, :]
+        dtype = d_joint.dtype.element_ty
+        if head >= H + K:
+            at_value = rows[:, None] * (K * D) + (head - H - K) * D + d[None, :]
+            gradient = tl.load(d_v + at_value, mask=here[:, None], other=0.0).to(tl.float32)
+            if AGAIN:
+                gradient += tl.load(d_v_again + at_value, mask=here[:, None], other=0.0).to(tl.float32)
+            tl.store(d_joint + at, gradient.to(dtype), mask=here[:, None])
+        else:
+            scale = 1.0
+            if head < H:
+                scale = tl.load(gain + head).to(tl.float32)
+                incoming, width = d_q + head * D, H * D
+            else:
+                incoming, width = d_k + (head - H) * D, K * D
+            x = tl.load(joint + at, mask=here[:, None], other=0.0).to(tl.float32)
+            inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
+            straight = here[:, None] & (d >= 2 * HALF)[None, :]
+            g = tl.load(incoming + rows[:, None] * width + d[None, :], mask=straight, other=0.0).to(tl.float32)
+            a, b, c, s, n, turns = _turning(joint + head * D, cos, sin, rows, here, T, W, HALF, BH)
+            at_turning = rows[:, None] * width + n[None, :]
+            g_a = tl.load(incoming + at_turning, mask=turns, other=0.0).to(tl.float32)
+            g_b = tl.load(incoming + at_turning + HALF, mask=turns, other=0.0).to(tl.float32)
+            g_a, g_b = g_a * c - g_b * s, g_b * c + g_a * s
+            along = (tl.sum(g * x, 1) + tl.sum(g_a * a + g_b * b, 1)) * inverse
+            if head < H:
+                tl.store(d_gain + block * H + head, tl.sum(along, 0))
+            factor = (inverse * scale)[:, None]
+            share = (inverse * along / D)[:, None]
+            tl.store(d_joint + at, ((g - x * share) * factor).to(dtype), mask=straight)
+            at_turning = rows[:, None] * W + head * D + n[None, :]
+            tl.store(d_joint + at_turning, ((g_a - a * share) * factor).to(dtype), mask=turns)
+            tl.store(d_joint + at_turning + HALF, ((g_b - b * share) * factor).to(dtype), mask=turns)
+
+
+HEAD_ROWS = 32  # of one program
+NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds
+
+
+def _heads_launch(kernel, heads_a_row: int, joint: Tensor, cos: Tensor, *tensors: Tensor, heads: int, kv_heads: int, **how) -> None:
+    """kernel over rows x heads_a_row, the heads of a row side by side in time: they share its memory pages."""
+    rows, half = joint.size(0), cos.size(1)
+    kernel[(triton.cdiv(rows, HEAD_ROWS) * heads_a_row,)](
+        joint, cos, *tensors, rows, cos.size(0), H=heads, K=kv_heads, D=joint.size(1) // (heads + 2 * kv_heads),
+        HALF=half, BH=triton.next_power_of_2(half), BM=HEAD_ROWS, EPS=NORM_EPS, num_warps=4, **how,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("golf::heads", mutates_args=())
+def _heads(joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    heads = gain.size(0)
+    dim = joint.size(1) // (heads + 2 * kv_heads)
+    q, k = (joint.new_empty(joint.size(0), count, dim) for count in (heads, kv_heads))
+    _heads_launch(_heads_forward, heads + kv_heads, joint, cos, sin, gain, q, k, heads=heads, kv_heads=kv_heads)
+    return q, k
+
+
+@_heads.register_fake
+def _(joint, cos, sin, gain, kv_heads):
+    dim = joint.size(1) // (gain.size(0) + 2 * kv_heads)
+    return tuple(joint.new_empty(joint.size(0), count, dim) for count in (gain.size(0), kv_heads))
+
+
+@torch.library.custom_op("golf::heads_backward", mutates_args=())
+def _heads_gradient(
+    joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_v_again: Tensor | None, kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the joint product and, a sum for every HEAD_ROWS rows, of the gains."""
+    heads, again = gain.size(0), d_v_again is not None
+    d_joint = torch.empty_like(joint)
+    d_gain = gain.new_empty(triton.cdiv(joint.size(0), HEAD_ROWS), heads)
+    tensors = (sin, gain, d_q, d_k, d_v, d_v_again if again else d_v, d_joint, d_gain)
+    _heads_launch(_heads_backward, heads + 2 * kv_heads, joint, cos, *tensors, heads=heads, kv_heads=kv_heads, AGAIN=again)
+    return d_joint, d_gain
+
+
+@_heads_gradient.register_fake
+def _(joint, cos, sin, gain, d_q, d_k, d_v, d_v_again, kv_heads):
+    return torch.empty_like(joint), gain.new_empty(-(-joint.size(0) // HEAD_ROWS), gain.size(0))
+
+
+class _Heads(torch.autograd.Function):
+    """v comes out once for each of its readers, so that both gradients reach the kernel, which adds them as it writes the joint one."""
+
+    @staticmethod
+    def forward(ctx, joint, cos, sin, gain, kv_heads, readers):
+        flat = joint.view(-1, joint.size(-1))
+        q, k = _heads(flat, cos, sin, gain, kv_heads)
+        ctx.save_for_backward(joint, cos, sin, gain)
+        ctx.kv_heads, dim = kv_heads, q.size(-1)
+        q, k = (x.view(*joint.shape[:-1], -1, dim) for x in (q, k))
+        v = [joint[..., -kv_heads * dim :].unflatten(-1, (kv_heads, dim)) for _ in range(readers)]
+        return q, k, *v
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        joint, cos, sin, gain = ctx.saved_tensors
+        flat = joint.view(-1, joint.size(-1))
+        d_q, d_k, d_v, *again = [x.contiguous().view(-1, *x.shape[-2:]) for x in gradients]
+        d_joint, d_gain = _heads_gradient(flat, cos, sin, gain, d_q, d_k, d_v, again[0] if again else None, ctx.kv_heads)
+        return d_joint.view(joint.shape), None, None, d_gain.sum(0), None, None
+
+
+def heads_of(joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int, readers: int) -> tuple[Tensor, ...]:
+    """The joint product of q, k and v [B,T,(H+2K)D] -> q [B,T,H,D] and k [B,T,K,D], normed and rotated, q times its head's gain [H]; v [B,T,K,D] a view.
+
+    cos, sin float32 [T, dims/2]: the first `dims` of a head turn (half-split pairing). readers: how often v is given out, 1 or 2; where two ops
+    read it, each takes one. D is a power of two.
+    """
+    return _Heads.apply(joint.contiguous(), cos, sin, gain, kv_heads, readers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train_gpt as T
 from parts import kernels
 
 pytest.importorskip("triton")
@@ -91,6 +92,24 @@ def test_softcapped_cross_entropy(tokens, vocabulary, cap):
         assert loss.abs() < 1e-5 and all(g.abs().max() < 1e-5 for g in torch.autograd.grad(loss, inputs))
     else:
         compare(ours, twin, inputs, 0.015)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+@pytest.mark.parametrize("batch,length,heads,kv_heads,dims", [(2, 41, 4, 2, 8), (1, 67, 3, 1, 16), (3, 1, 1, 1, 6)])
+def test_heads(batch, length, heads, kv_heads, dims, readers, monkeypatch):
+    """More rows than a program takes, a last block of few, positions that start over with each row of the batch, partial and full rotation."""
+    monkeypatch.setattr(kernels, "HEAD_ROWS", 16)
+    angle = torch.randn(length, dims // 2).to(DEVICE)
+    inputs = [random(batch, length, (heads + 2 * kv_heads) * 16), (1 + torch.rand(heads)).to(DEVICE)]
+
+    def ours(joint, gain):
+        return torch.cat([x.flatten(2) for x in kernels.heads_of(joint, angle.cos(), angle.sin(), gain, kv_heads, readers)], -1)
+
+    def twin(joint, gain):
+        q, k, v = joint.unflatten(-1, (-1, 16)).split([heads, kv_heads, kv_heads], 2)
+        return torch.cat([x.flatten(2) for x in (*T.normed_heads(q, k, angle.cos(), angle.sin(), gain), *[v] * readers)], -1)
+
+    compare(ours, twin, inputs, 0.01)
 
 
 @pytest.mark.parametrize("gated", [True, False])
