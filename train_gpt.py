@@ -999,7 +999,9 @@ class Kernels:
 
     full: str = "flash"  # attention over everything before
     windowed: str = "plain"  # sliding-window attention
-    fused: bool = False  # parts/kernels.py's Triton kernels: MLP, softcapped cross-entropy, q and k's norm with rotary embedding, XSA with its gate
+    fused: bool = (
+        False  # parts/kernels.py's Triton kernels: MLP, softcapped cross-entropy, q and k's norm with rotary embedding, XSA with its gate
+    )
     gdn: str = "torch"
     refused: tuple[str, ...] = ()
 
@@ -1664,14 +1666,17 @@ class CausalAttention(nn.Module):
         self.gate_scale, self.gate_max = cfg.attn_gate_scale, cfg.attn_gate_max
 
     def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+        gate = of_gate = None
+        if self.gate is not None and ctx.kernels.fused:
+            x, of_gate = kernels.first_columns(x, self.gate.size(1))
         q, k, *values = self._project(x, ctx)
         if self.ve_scale is not None:
             added = (0.1 * self.ve_scale.to(x.dtype) * ctx.value_embedding).unflatten(-1, (self.kv_heads, self.head_dim))
             values = [v + added for v in values]
         o = self._attend(q, k, values[0], ctx)
-        gate = None
         if self.gate is not None:
-            gate = torch.sigmoid(self.gate_scale * F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype))) * self.gate_max
+            of_gate = x[..., : self.gate.size(1)] if of_gate is None else of_gate
+            gate = torch.sigmoid(self.gate_scale * F.linear(of_gate, self.gate.to(x.dtype))) * self.gate_max
         if self.xsa:
             fused = ctx.kernels.fused and self.fusible
             o = (kernels.exclusive_gate if fused else kernels.plain_exclusive_gate)(o, values[-1], gate)
@@ -1683,8 +1688,18 @@ class CausalAttention(nn.Module):
         """q [B,T,H,D] and k [B,T,Hkv,D], ready for attention, and v [B,T,Hkv,D]: once, or for each of its readers."""
         linears = (self.c_q, self.c_k, self.c_v)
         if ctx.kernels.fused and self.fusible and all(linear.adapter is None for linear in linears):
-            readers = 2 if self.xsa and self.ve_scale is None else 1
-            return kernels.heads_of(joint_product(x, linears), ctx.cos, ctx.sin, self.q_gain, self.kv_heads, readers)
+            readers, copies = 2 if self.xsa and self.ve_scale is None else 1, 1
+            backend = ctx.kernels.windowed if self.windowed else ctx.kernels.full
+            if (
+                kernels.COPY_HEADS
+                and backend == "fa4"
+                and self.sink is None
+                and self.ve_scale is None
+                and ctx.state is None
+                and torch.is_grad_enabled()
+            ):
+                copies = self.heads // self.kv_heads
+            return kernels.heads_of(joint_product(x, linears), ctx.cos, ctx.sin, self.q_gain, self.kv_heads, readers, copies)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in joint_linear(x, linears))
         return *normed_heads(q, k, ctx.cos, ctx.sin, self.q_gain), v
 
@@ -1935,22 +1950,26 @@ class Block(nn.Module):
         if self.lanes == 2:
             self.lane_keep, self.lane_write = nn.Parameter(torch.full((2,), 1.1)), nn.Parameter(torch.ones(2, 2))
 
-    def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None = None) -> Tensor:
-        """x, x0 [B,T,C] -> [B,T,C]; with two lanes x is [2,B,T,C], or [B,T,C] where they begin, and so is the result. `scale` multiplies
-        the norms; a tensor, so that layers of one kind share one compiled graph."""
-        lanes = list(x) if x.dim() == 4 else [x] * self.lanes
-        if skip is not None:  # skips go into the first lane
-            lanes[0] = torch.lerp(skip.weight.to(x.dtype) * skip.kept, lanes[0], torch.sigmoid(skip.gate).to(x.dtype))
-        mix, scale = self.resid_mix.to(x.dtype), scale.to(x.dtype)
-        x_in = mix[0] * lanes[0] + mix[1] * x0
-        normed = rms_norm(x_in) * scale
+    def forward(self, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None = None) -> tuple[Tensor, Tensor]:
+        """x, x0 [B,T,C] -> [B,T,C] and x0 for the next block; with two lanes x is [2,B,T,C], or [B,T,C] where they begin, and so is the result.
+        `scale` multiplies the norms; a tensor, so that layers of one kind share one compiled graph."""
         if self.lanes == 2:
-            mixed = self._mixed(normed, ctx)
-            hidden = self._hidden(rms_norm(lanes[1]) * scale, ctx)
-            keep, write = self.lane_keep.to(x.dtype), self.lane_write.to(x.dtype)
-            return torch.stack([keep[n] * lanes[n] + write[0, n] * mixed + write[1, n] * hidden for n in range(2)])
-        x = x_in + self._mixed(normed, ctx)
-        return x + self._hidden(normed if self.parallel else rms_norm(x) * scale, ctx)
+            return self._two_lanes(list(x) if x.dim() == 4 else [x, x], x0, ctx, scale, skip), x0
+        if ctx.kernels.fused and torch.is_grad_enabled():  # there is a kernel of the backward alone
+            x_in, x0, *normed = kernels.mix_norm(x, x0, self.resid_mix, scale, *(skip or ()), readers=1 + self.parallel)
+        else:
+            x_in, *normed = kernels.plain_mix_norm(x, x0, self.resid_mix, scale, *(skip or ()))
+        x = x_in + self._mixed(normed[0], ctx)
+        return x + self._hidden(normed[-1] if self.parallel else rms_norm(x) * scale.to(x.dtype), ctx), x0
+
+    def _two_lanes(self, lanes: list[Tensor], x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None) -> Tensor:
+        if skip is not None:  # skips go into the first lane
+            lanes[0] = kernels.skip_into(lanes[0], *skip)
+        _, normed = kernels.plain_mix_norm(lanes[0], x0, self.resid_mix, scale)
+        mixed = self._mixed(normed, ctx)
+        hidden = self._hidden(rms_norm(lanes[1]) * scale.to(x0.dtype), ctx)
+        keep, write = self.lane_keep.to(x0.dtype), self.lane_write.to(x0.dtype)
+        return torch.stack([keep[n] * lanes[n] + write[0, n] * mixed + write[1, n] * hidden for n in range(2)])
 
     def _mixed(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         return adapted(self.mixer(x, ctx, self.mixer_scale), x, self.mixer_adapter, self.mixer_scale)
@@ -1971,7 +1990,7 @@ def run_embedding(model: GPT, input_ids: Tensor, previous: list[Tensor], ctx: Fo
     return model.embed(input_ids, previous, ctx)
 
 
-def run_block(block: Block, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None) -> Tensor:
+def run_block(block: Block, x: Tensor, x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None) -> tuple[Tensor, Tensor]:
     return block(x, x0, ctx, scale, skip)
 
 
@@ -2132,7 +2151,7 @@ class GPT(nn.Module):
             if cfg.unet_skips and call >= half and kept:
                 skip = Skip(kept.pop(), self.skip_weights[call - half], self.skip_gates[call - half])
             scale = self.norm_scales[layer] * (cfg.loop_ln_scale if layer in looped else 1.0)
-            x = self.regions.block(self.blocks[layer], x, x0, ctx, scale, skip)
+            x, x0 = self.regions.block(self.blocks[layer], x, x0, ctx, scale, skip)
             if cfg.unet_skips and call < half:
                 first = x[0] if x.dim() == 4 else x
                 kept.append(

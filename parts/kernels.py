@@ -5,6 +5,7 @@
 | `fused_mlp` | the activation is the epilogue of the first product, its derivative that of the second's gradient; one tensor is kept | `plain_mlp` |
 | `softcap_cross_entropy` | one pass over the logits, which the gradient replaces in place | `train_gpt.output_head` |
 | `heads_of` | q and k are normed, rotated and scaled in one pass; one more makes the gradient of the joint product of q, k, v | `train_gpt.normed_heads` |
+| `mix_norm` | the backward reads everything once: column sums, and x0's gradient over the layers, included | `plain_mix_norm` |
 | `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
 | `flash_attention` | flash-attn-4 (CuTe) for full, windowed and by-document attention, with the row's log-sum for sinks | `train_gpt.naive_attention` |
 
@@ -101,20 +102,23 @@ if triton is not None:
 
 
 FUSED_ACTIVATIONS = ("leaky_relu2", "relu2")
-MLP_TILES = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8}
-MLP_STAGES = {False: 4, True: 3}  # forward, backward: what fits shared memory beside the epilogue's tiles
+MLP_TILES = {  # forward, backward: as many stages as fit shared memory beside the epilogue's tiles
+    False: {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 4},
+    True: {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3},
+}
+MLP_PROGRAMS = {False: 1, True: 1}  # a multiprocessor
 
 
 def _launch_mlp(a: Tensor, b: Tensor, post: Tensor | None, leaky: bool, **tiles) -> Tensor:
     backward = post is not None
-    tiles = {**MLP_TILES, "num_stages": MLP_STAGES[backward], **tiles}
+    tiles = {**MLP_TILES[backward], **tiles}
     rows, inner = a.shape
     columns = b.size(1) if backward else b.size(0)
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=a.device)
     bm, bn, bk = tiles["BM"], tiles["BN"], tiles["BK"]
     half = [bm, bn // 2]
     describe = TensorDescriptor.from_tensor
-    programs = min(_programs(a.device), triton.cdiv(rows, bm) * triton.cdiv(columns, bn))
+    programs = min(MLP_PROGRAMS[backward] * _programs(a.device), triton.cdiv(rows, bm) * triton.cdiv(columns, bn))
     _mlp_kernel[(programs,)](
         describe(a, [bm, bk]), describe(b, [bk, bn] if backward else [bn, bk]), describe(out if post is None else post, half),
         describe(out, half), rows, columns, inner, LEAKY=leaky, BACKWARD=backward, PROGRAMS=programs, **tiles,
@@ -274,47 +278,61 @@ if triton is not None:
 
     @triton.jit
     def _heads_forward(
-        joint, cos, sin, gain, q, k, M, T,
+        joint, cos, sin, gain, q, k, v, M, T,
         H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr,
+        COPIES: tl.constexpr, HEADS: tl.constexpr,
     ):  # fmt: skip
         W: tl.constexpr = (H + 2 * K) * D
-        head = tl.program_id(0) % (H + K)
-        rows = (tl.program_id(0) // (H + K)).to(tl.int64) * BM + tl.arange(0, BM)
+        head = tl.program_id(0) % HEADS
+        rows = (tl.program_id(0) // HEADS).to(tl.int64) * BM + tl.arange(0, BM)
         here = rows < M
         d = tl.arange(0, D)
         base = joint + head * D
-        x = tl.load(base + rows[:, None] * W + d[None, :], mask=here[:, None], other=0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
-        if head < H:
-            factor *= tl.load(gain + head)
-            out, width = q + head * D, H * D
-        else:
-            out, width = k + (head - H) * D, K * D
+        x = tl.load(base + rows[:, None] * W + d[None, :], mask=here[:, None], other=0.0)
         dtype = q.dtype.element_ty
-        straight = here[:, None] & (d >= 2 * HALF)[None, :]
-        tl.store(out + rows[:, None] * width + d[None, :], (x * factor[:, None]).to(dtype), mask=straight)
-        a, b, c, s, n, turns = _turning(base, cos, sin, rows, here, T, W, HALF, BH)
-        at = rows[:, None] * width + n[None, :]
-        tl.store(out + at, ((a * c + b * s) * factor[:, None]).to(dtype), mask=turns)
-        tl.store(out + at + HALF, ((b * c - a * s) * factor[:, None]).to(dtype), mask=turns)
+        if head >= H + K:
+            for copy in tl.static_range(COPIES):
+                at_value = rows[:, None] * (K * COPIES * D) + ((head - H - K) * COPIES + copy) * D + d[None, :]
+                tl.store(v + at_value, x, mask=here[:, None])
+        else:
+            raw = x.to(tl.float32)
+            factor = tl.rsqrt(tl.sum(raw * raw, 1) / D + EPS)
+            if head < H:
+                factor *= tl.load(gain + head)
+                out, width = q + head * D, H * D
+            else:
+                out, width = k + (head - H) * (COPIES * D), K * COPIES * D
+            straight = here[:, None] & (d >= 2 * HALF)[None, :]
+            a, b, c, s, n, turns = _turning(base, cos, sin, rows, here, T, W, HALF, BH)
+            normed = (raw * factor[:, None]).to(dtype)
+            turned_a, turned_b = ((a * c + b * s) * factor[:, None]).to(dtype), ((b * c - a * s) * factor[:, None]).to(dtype)
+            for copy in tl.static_range(COPIES):
+                if copy == 0 or head >= H:
+                    at = rows[:, None] * width + copy * D
+                    tl.store(out + at + d[None, :], normed, mask=straight)
+                    tl.store(out + at + n[None, :], turned_a, mask=turns)
+                    tl.store(out + at + n[None, :] + HALF, turned_b, mask=turns)
 
     @triton.jit
     def _heads_backward(
         joint, cos, sin, gain, d_q, d_k, d_v, d_v_again, d_joint, d_gain, M, T,
         H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr,
-        AGAIN: tl.constexpr,
+        COPIES: tl.constexpr, HEADS: tl.constexpr, AGAIN: tl.constexpr,
     ):  # fmt: skip
         W: tl.constexpr = (H + 2 * K) * D
-        head, block = tl.program_id(0) % (H + 2 * K), tl.program_id(0) // (H + 2 * K)
+        head, block = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
         rows = block.to(tl.int64) * BM + tl.arange(0, BM)
         here = rows < M
         d = tl.arange(0, D)
         at = rows[:, None] * W + head * D + d[None, :]
         dtype = d_joint.dtype.element_ty
         if head >= H + K:
-            at_value = rows[:, None] * (K * D) + (head - H - K) * D + d[None, :]
-            gradient = tl.load(d_v + at_value, mask=here[:, None], other=0.0).to(tl.float32)
+            gradient = tl.zeros((BM, D), tl.float32)
+            for copy in tl.static_range(COPIES):
+                at_value = rows[:, None] * (K * COPIES * D) + ((head - H - K) * COPIES + copy) * D + d[None, :]
+                gradient += tl.load(d_v + at_value, mask=here[:, None], other=0.0).to(tl.float32)
             if AGAIN:
+                at_value = rows[:, None] * (K * D) + (head - H - K) * D + d[None, :]
                 gradient += tl.load(d_v_again + at_value, mask=here[:, None], other=0.0).to(tl.float32)
             tl.store(d_joint + at, gradient.to(dtype), mask=here[:, None])
         else:
@@ -323,15 +341,18 @@ if triton is not None:
                 scale = tl.load(gain + head).to(tl.float32)
                 incoming, width = d_q + head * D, H * D
             else:
-                incoming, width = d_k + (head - H) * D, K * D
+                incoming, width = d_k + (head - H) * (COPIES * D), K * COPIES * D
             x = tl.load(joint + at, mask=here[:, None], other=0.0).to(tl.float32)
             inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
             straight = here[:, None] & (d >= 2 * HALF)[None, :]
-            g = tl.load(incoming + rows[:, None] * width + d[None, :], mask=straight, other=0.0).to(tl.float32)
             a, b, c, s, n, turns = _turning(joint + head * D, cos, sin, rows, here, T, W, HALF, BH)
-            at_turning = rows[:, None] * width + n[None, :]
-            g_a = tl.load(incoming + at_turning, mask=turns, other=0.0).to(tl.float32)
-            g_b = tl.load(incoming + at_turning + HALF, mask=turns, other=0.0).to(tl.float32)
+            g, g_a, g_b = tl.zeros((BM, D), tl.float32), tl.zeros((BM, BH), tl.float32), tl.zeros((BM, BH), tl.float32)
+            for copy in tl.static_range(COPIES):
+                if copy == 0 or head >= H:
+                    at_copy = rows[:, None] * width + copy * D
+                    g += tl.load(incoming + at_copy + d[None, :], mask=straight, other=0.0).to(tl.float32)
+                    g_a += tl.load(incoming + at_copy + n[None, :], mask=turns, other=0.0).to(tl.float32)
+                    g_b += tl.load(incoming + at_copy + n[None, :] + HALF, mask=turns, other=0.0).to(tl.float32)
             g_a, g_b = g_a * c - g_b * s, g_b * c + g_a * s
             along = (tl.sum(g * x, 1) + tl.sum(g_a * a + g_b * b, 1)) * inverse
             if head < H:
@@ -345,6 +366,8 @@ if triton is not None:
 
 
 HEAD_ROWS = 32  # of one program
+# flash-attn-4's backward of grouped heads adds into two zeroed float32 accumulators and converts them; of as many k, v heads as q heads it writes at once.
+COPY_HEADS = False
 NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds
 
 
@@ -352,41 +375,55 @@ def _heads_launch(kernel, heads_a_row: int, joint: Tensor, cos: Tensor, *tensors
     """kernel over rows x heads_a_row, the heads of a row side by side in time: they share its memory pages."""
     rows, half = joint.size(0), cos.size(1)
     kernel[(triton.cdiv(rows, HEAD_ROWS) * heads_a_row,)](
-        joint, cos, *tensors, rows, cos.size(0), H=heads, K=kv_heads, D=joint.size(1) // (heads + 2 * kv_heads),
+        joint, cos, *tensors, rows, cos.size(0), H=heads, K=kv_heads, D=joint.size(1) // (heads + 2 * kv_heads), HEADS=heads_a_row,
         HALF=half, BH=triton.next_power_of_2(half), BM=HEAD_ROWS, EPS=NORM_EPS, num_warps=4, **how,
     )  # fmt: skip
 
 
-@torch.library.custom_op("golf::heads", mutates_args=())
-def _heads(joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    heads = gain.size(0)
+def _heads_shapes(joint: Tensor, heads: int, kv_heads: int, copies: int) -> list[tuple[int, int, int]]:
+    """Of q, k and, where it is written, v."""
     dim = joint.size(1) // (heads + 2 * kv_heads)
-    q, k = (joint.new_empty(joint.size(0), count, dim) for count in (heads, kv_heads))
-    _heads_launch(_heads_forward, heads + kv_heads, joint, cos, sin, gain, q, k, heads=heads, kv_heads=kv_heads)
-    return q, k
+    return [(joint.size(0), count, dim) for count in (heads, kv_heads * copies, kv_heads * copies if copies > 1 else 0)]
+
+
+@torch.library.custom_op("golf::heads", mutates_args=())
+def _heads(joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int, copies: int) -> tuple[Tensor, Tensor, Tensor]:
+    heads = gain.size(0)
+    q, k, v = (joint.new_empty(shape) for shape in _heads_shapes(joint, heads, kv_heads, copies))
+    written = heads + (kv_heads if copies == 1 else 2 * kv_heads)
+    _heads_launch(_heads_forward, written, joint, cos, sin, gain, q, k, v, heads=heads, kv_heads=kv_heads, COPIES=copies)
+    return q, k, v
 
 
 @_heads.register_fake
-def _(joint, cos, sin, gain, kv_heads):
-    dim = joint.size(1) // (gain.size(0) + 2 * kv_heads)
-    return tuple(joint.new_empty(joint.size(0), count, dim) for count in (gain.size(0), kv_heads))
+def _(joint, cos, sin, gain, kv_heads, copies):
+    return tuple(joint.new_empty(shape) for shape in _heads_shapes(joint, gain.size(0), kv_heads, copies))
 
 
 @torch.library.custom_op("golf::heads_backward", mutates_args=())
 def _heads_gradient(
-    joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_v_again: Tensor | None, kv_heads: int
+    joint: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    d_v_again: Tensor | None,
+    kv_heads: int,
+    copies: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the joint product and, a sum for every HEAD_ROWS rows, of the gains."""
     heads, again = gain.size(0), d_v_again is not None
     d_joint = torch.empty_like(joint)
     d_gain = gain.new_empty(triton.cdiv(joint.size(0), HEAD_ROWS), heads)
     tensors = (sin, gain, d_q, d_k, d_v, d_v_again if again else d_v, d_joint, d_gain)
-    _heads_launch(_heads_backward, heads + 2 * kv_heads, joint, cos, *tensors, heads=heads, kv_heads=kv_heads, AGAIN=again)
+    _heads_launch(_heads_backward, heads + 2 * kv_heads, joint, cos, *tensors, heads=heads, kv_heads=kv_heads, COPIES=copies, AGAIN=again)
     return d_joint, d_gain
 
 
 @_heads_gradient.register_fake
-def _(joint, cos, sin, gain, d_q, d_k, d_v, d_v_again, kv_heads):
+def _(joint, cos, sin, gain, d_q, d_k, d_v, d_v_again, kv_heads, copies):
     return torch.empty_like(joint), gain.new_empty(-(-joint.size(0) // HEAD_ROWS), gain.size(0))
 
 
@@ -394,31 +431,231 @@ class _Heads(torch.autograd.Function):
     """v comes out once for each of its readers, so that both gradients reach the kernel, which adds them as it writes the joint one."""
 
     @staticmethod
-    def forward(ctx, joint, cos, sin, gain, kv_heads, readers):
-        flat = joint.view(-1, joint.size(-1))
-        q, k = _heads(flat, cos, sin, gain, kv_heads)
+    def forward(ctx, joint, cos, sin, gain, kv_heads, readers, copies):
+        heads = _heads(joint.view(-1, joint.size(-1)), cos, sin, gain, kv_heads, copies)
         ctx.save_for_backward(joint, cos, sin, gain)
-        ctx.kv_heads, dim = kv_heads, q.size(-1)
-        q, k = (x.view(*joint.shape[:-1], -1, dim) for x in (q, k))
-        v = [joint[..., -kv_heads * dim :].unflatten(-1, (kv_heads, dim)) for _ in range(readers)]
-        return q, k, *v
+        ctx.kv_heads, ctx.copies, dim = kv_heads, copies, heads[0].size(-1)
+        q, k, v = (x.view(*joint.shape[:-1], -1, dim) if x.numel() else x for x in heads)
+        values = [joint[..., -kv_heads * dim :].unflatten(-1, (kv_heads, dim)) for _ in range(readers - (copies > 1))]
+        return q, k, *[v] * (copies > 1), *values
 
     @staticmethod
     def backward(ctx, *gradients):
         joint, cos, sin, gain = ctx.saved_tensors
-        flat = joint.view(-1, joint.size(-1))
         d_q, d_k, d_v, *again = [x.contiguous().view(-1, *x.shape[-2:]) for x in gradients]
-        d_joint, d_gain = _heads_gradient(flat, cos, sin, gain, d_q, d_k, d_v, again[0] if again else None, ctx.kv_heads)
-        return d_joint.view(joint.shape), None, None, d_gain.sum(0), None, None
+        flat = joint.view(-1, joint.size(-1))
+        d_joint, d_gain = _heads_gradient(flat, cos, sin, gain, d_q, d_k, d_v, again[0] if again else None, ctx.kv_heads, ctx.copies)
+        return d_joint.view(joint.shape), None, None, d_gain.sum(0), None, None, None
 
 
-def heads_of(joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int, readers: int) -> tuple[Tensor, ...]:
+def heads_of(joint: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int, readers: int, copies: int = 1) -> tuple[Tensor, ...]:
     """The joint product of q, k and v [B,T,(H+2K)D] -> q [B,T,H,D] and k [B,T,K,D], normed and rotated, q times its head's gain [H]; v [B,T,K,D] a view.
 
     cos, sin float32 [T, dims/2]: the first `dims` of a head turn (half-split pairing). readers: how often v is given out, 1 or 2; where two ops
-    read it, each takes one. D is a power of two.
+    read it, each takes one. copies: k and the v of the first reader have every head so often, [B,T,K·copies,D]. D is a power of two.
     """
-    return _Heads.apply(joint.contiguous(), cos, sin, gain, kv_heads, readers)
+    return _Heads.apply(joint.contiguous(), cos, sin, gain, kv_heads, readers, copies)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Residual stream: skip, mix with the stream's start, norm
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The compiler makes one pass of the forward. Of the backward it makes two, the second for the column sums of the mix's gradient, and autograd
+# adds up x0's gradient over the layers in a third. Here a row is one program's: its two sums need no barrier, the column sums stay in registers
+# over all of the program's rows, and the gradient of x0 so far is read and written along the way.
+
+if triton is not None:
+
+    @triton.jit
+    def _mix_norm_backward(
+        x, x0, kept, mix, weight, gate, scale, d_mixed, d_x0_later, d_normed, d_again, d_x, d_x0, d_kept, sums, M,
+        C: tl.constexpr, BC: tl.constexpr, SKIP: tl.constexpr, AGAIN: tl.constexpr, EPS: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.arange(0, BC)
+        inside = columns < C
+        m0 = tl.load(mix + columns, mask=inside, other=0.0)
+        m1 = tl.load(mix + C + columns, mask=inside, other=0.0)
+        factor = tl.load(scale).to(tl.float32)
+        of_kept, of_x = 0.0, 1.0  # the lane is of_kept · kept + of_x · x
+        if SKIP:
+            of_x = tl.sigmoid(tl.load(gate + columns, mask=inside, other=0.0))
+            of_kept = (1.0 - of_x) * tl.load(weight + columns, mask=inside, other=0.0)
+        sum_x, sum_x0, sum_kept = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+        dtype = d_x.dtype.element_ty
+        for row in range(tl.program_id(0), M, tl.num_programs(0)):
+            at = tl.cast(row, tl.int64) * C + columns
+            a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+            lane = a
+            if SKIP:
+                old = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
+                lane = of_kept * old + of_x * a
+            g = tl.load(d_normed + at, mask=inside, other=0.0).to(tl.float32)
+            if AGAIN:
+                g += tl.load(d_again + at, mask=inside, other=0.0).to(tl.float32)
+            gradient = tl.load(d_mixed + at, mask=inside, other=0.0).to(tl.float32)
+            later = tl.load(d_x0_later + at, mask=inside, other=0.0).to(tl.float32)
+            mixed = m0 * lane + m1 * b
+            square, along = tl.sum(mixed * mixed, 0) / C + EPS, tl.sum(g * mixed, 0) / C
+            gradient += factor * tl.rsqrt(square) * (g - mixed * (along / square))
+            tl.store(d_x0 + at, (later + m1 * gradient).to(dtype), mask=inside)
+            tl.store(d_x + at, (m0 * of_x * gradient).to(dtype), mask=inside)
+            sum_x += gradient * a
+            sum_x0 += gradient * b
+            if SKIP:
+                tl.store(d_kept + at, (m0 * of_kept * gradient).to(dtype), mask=inside)
+                sum_kept += gradient * old
+        sums += tl.program_id(0) * 3 * C + columns
+        tl.store(sums, sum_x, mask=inside)
+        tl.store(sums + C, sum_x0, mask=inside)
+        tl.store(sums + 2 * C, sum_kept, mask=inside)
+
+
+MIX_PROGRAMS = {False: 12, True: 8}  # without and with a skip: what of one warp each fits a multiprocessor's registers
+MIX_COLUMNS_A_WARP = 512
+
+
+@torch.library.custom_op("golf::mix_norm_backward", mutates_args=())
+def _mix_norm_gradient(
+    x: Tensor,
+    x0: Tensor,
+    kept: Tensor | None,
+    mix: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    d_mixed: Tensor,
+    d_x0_later: Tensor,
+    d_normed: Tensor,
+    d_again: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of x0 (with the later layers') and of kept, and Σ over tokens of the mix's gradient times x, x0 and kept: float32 [programs, 3, C]."""
+    rows, width = x.shape
+    skip, again = kept is not None, d_again is not None
+    d_x, d_x0, d_kept = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x) if skip else x.new_empty(0)
+    programs = min(MIX_PROGRAMS[skip] * _programs(x.device), rows)
+    sums = torch.empty(programs, 3, width, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    _mix_norm_backward[(programs,)](
+        x, x0, kept if skip else x, mix, weight if skip else mix, gate if skip else mix, scale, d_mixed, d_x0_later, d_normed,
+        d_again if again else d_normed, d_x, d_x0, d_kept, sums, rows,
+        C=width, BC=block, SKIP=skip, AGAIN=again, EPS=NORM_EPS, num_warps=max(1, block // MIX_COLUMNS_A_WARP),
+    )  # fmt: skip
+    return d_x, d_x0, d_kept, sums
+
+
+@_mix_norm_gradient.register_fake
+def _(x, x0, kept, mix, weight, gate, scale, d_mixed, d_x0_later, d_normed, d_again):
+    sums = x.new_empty(min(MIX_PROGRAMS[kept is not None] * _programs(x.device), x.size(0)), 3, x.size(1), dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(0) if kept is None else torch.empty_like(x), sums
+
+
+class _MixNorm(torch.autograd.Function):
+    """x0 comes out again, for the next layer, and the norm once for each of its readers: so every gradient reaches the kernel on its own."""
+
+    @staticmethod
+    def forward(ctx, x, x0, mix, scale, kept, weight, gate, readers):
+        ctx.save_for_backward(x, x0, mix, scale, kept, weight, gate)
+        mixed, normed = plain_mix_norm(x, x0, mix, scale, kept, weight, gate)
+        return mixed, x0.view_as(x0), normed, *[normed.view_as(normed) for _ in range(readers - 1)]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        x, x0, mix, scale, kept, weight, gate = ctx.saved_tensors
+        flat = lambda t: None if t is None else t.contiguous().view(-1, t.size(-1))
+        gradients = [flat(t) for t in gradients]
+        again = gradients[3] if len(gradients) > 3 else None
+        d_x, d_x0, d_kept, sums = _mix_norm_gradient(flat(x), flat(x0), flat(kept), mix, weight, gate, scale, *gradients[:3], again)
+        of_x, of_x0, of_kept = sums.sum(0)
+        if kept is None:
+            return d_x.view(x.shape), d_x0.view(x.shape), torch.stack((of_x, of_x0)), None, None, None, None, None
+        share, lane = torch.sigmoid(gate), weight * of_kept
+        d_mix = torch.stack((share * of_x + (1 - share) * lane, of_x0))
+        d_weight, d_gate = mix[0] * (1 - share) * of_kept, mix[0] * (of_x - lane) * share * (1 - share)
+        return d_x.view(x.shape), d_x0.view(x.shape), d_mix, None, d_kept.view(x.shape), d_weight, d_gate, None
+
+
+def mix_norm(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    kept: Tensor | None = None,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    readers: int = 1,
+) -> tuple[Tensor, ...]:
+    """What a block makes of the residual stream: mixed = mix[0]·lane + mix[1]·x0, x0, and rms_norm(mixed) · scale, once for each of its 1 or 2 readers.
+
+    The lane is x, or with a skip lerp(weight · kept, x, σ(gate)). x, x0, kept [..., C]; mix [2,C], weight and gate [C] float32; scale a number
+    without gradient. The next layer takes the x0 that comes out, so that one gradient of x0 travels back through the layers.
+    """
+    return _MixNorm.apply(x, x0, mix, scale, kept, weight, gate, readers)
+
+
+def skip_into(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """lerp(weight · kept, x, σ(gate)); x, kept [..., C], weight and gate [C]."""
+    return torch.lerp(weight.to(x.dtype) * kept, x, torch.sigmoid(gate).to(x.dtype))
+
+
+def plain_mix_norm(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    kept: Tensor | None = None,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The twin of `mix_norm`: mixed and its norm."""
+    if kept is not None:
+        x = skip_into(x, kept, weight, gate)
+    mix = mix.to(x.dtype)
+    mixed = mix[0] * x + mix[1] * x0
+    return mixed, F.rms_norm(mixed, (mixed.size(-1),)) * scale.to(x.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _add_columns_kernel(x, columns, M, C, N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+        rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+        n = tl.arange(0, BN)
+        here = (rows < M)[:, None] & (n < N)[None, :]
+        at = x + rows[:, None] * C + n[None, :]
+        added = tl.load(columns + rows[:, None] * N + n[None, :], mask=here, other=0.0).to(tl.float32)
+        tl.store(at, (tl.load(at, mask=here, other=0.0).to(tl.float32) + added).to(x.dtype.element_ty), mask=here)
+
+
+@torch.library.custom_op("golf::add_columns", mutates_args=("x",))
+def _add_columns(x: Tensor, columns: Tensor) -> None:
+    """Adds columns [M,n] to the first n of x [M,C]."""
+    (rows, width), count = x.shape, columns.size(1)
+    _add_columns_kernel[(triton.cdiv(rows, 128),)](x, columns, rows, width, N=count, BN=triton.next_power_of_2(count), BM=128, num_warps=4)
+
+
+@_add_columns.register_fake
+def _(x, columns):
+    return None
+
+
+class _FirstColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        return x.view_as(x), x[..., :count]
+
+    @staticmethod
+    def backward(ctx, d_x, d_columns):
+        d_x = d_x.clone(memory_format=torch.contiguous_format)  # which a compiler leaves out: nobody else reads the product
+        _add_columns(d_x.view(-1, d_x.size(-1)), d_columns.contiguous().view(-1, d_columns.size(-1)))
+        return d_x, None
+
+
+def first_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """x [..., C] and its first `count` columns. Their gradient goes into x's where that lies, which costs no pass over all columns."""
+    return _FirstColumns.apply(x, count)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

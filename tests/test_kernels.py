@@ -1,10 +1,12 @@
 """The Triton kernels against their plain twins: outputs and every gradient at odd sizes. Without a GPU they run under Triton's interpreter."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 
 import train_gpt as T
 from parts import kernels
@@ -39,7 +41,7 @@ def seeded():
 @pytest.fixture
 def small_tiles(monkeypatch):
     if DEVICE.type == "cpu":  # several tiles each way, ragged at every edge
-        monkeypatch.setattr(kernels, "MLP_TILES", {"BM": 16, "BN": 32, "BK": 16})
+        monkeypatch.setattr(kernels, "MLP_TILES", [{"BM": 16, "BN": 32, "BK": 16}] * 2)
 
 
 @pytest.mark.parametrize("act", kernels.FUSED_ACTIVATIONS)
@@ -94,22 +96,82 @@ def test_softcapped_cross_entropy(tokens, vocabulary, cap):
         compare(ours, twin, inputs, 0.015)
 
 
-@pytest.mark.parametrize("readers", [1, 2])
+@pytest.mark.parametrize("readers,copies", [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("batch,length,heads,kv_heads,dims", [(2, 41, 4, 2, 8), (1, 67, 3, 1, 16), (3, 1, 1, 1, 6)])
-def test_heads(batch, length, heads, kv_heads, dims, readers, monkeypatch):
+def test_heads(batch, length, heads, kv_heads, dims, readers, copies, monkeypatch):
     """More rows than a program takes, a last block of few, positions that start over with each row of the batch, partial and full rotation."""
     monkeypatch.setattr(kernels, "HEAD_ROWS", 16)
     angle = torch.randn(length, dims // 2).to(DEVICE)
     inputs = [random(batch, length, (heads + 2 * kv_heads) * 16), (1 + torch.rand(heads)).to(DEVICE)]
 
     def ours(joint, gain):
-        return torch.cat([x.flatten(2) for x in kernels.heads_of(joint, angle.cos(), angle.sin(), gain, kv_heads, readers)], -1)
+        return torch.cat([x.flatten(2) for x in kernels.heads_of(joint, angle.cos(), angle.sin(), gain, kv_heads, readers, copies)], -1)
 
     def twin(joint, gain):
         q, k, v = joint.unflatten(-1, (-1, 16)).split([heads, kv_heads, kv_heads], 2)
-        return torch.cat([x.flatten(2) for x in (*T.normed_heads(q, k, angle.cos(), angle.sin(), gain), *[v] * readers)], -1)
+        q, k = T.normed_heads(q, k, angle.cos(), angle.sin(), gain)
+        k, copied = (x.repeat_interleave(copies, 2) for x in (k, v))
+        return torch.cat([x.flatten(2) for x in (q, k, copied, *[v] * (readers - 1))], -1)
 
     compare(ours, twin, inputs, 0.01)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("batch,length,width", [(2, 19, 24), (1, 7, 32), (1, 1, 40)])
+def test_mix_norm(batch, length, width, skip, readers, monkeypatch):
+    """More rows than programs, widths that are no power of two; what comes out for each reader, and the x0 for the next layer, has a gradient of its own."""
+    monkeypatch.setattr(kernels, "MIX_PROGRAMS", {False: 2, True: 2})
+    scale = torch.tensor(0.7, device=DEVICE)
+    inputs = [random(batch, length, width), random(batch, length, width), random(2, width, dtype=torch.float32)]
+    if skip:
+        inputs += [random(batch, length, width), *(random(width, dtype=torch.float32) for _ in range(2))]
+
+    def ours(x, x0, mix, *skip):
+        return torch.cat(kernels.mix_norm(x, x0, mix, scale, *skip, readers=readers), -1)
+
+    def twin(x, x0, mix, *skip):
+        mixed, normed = kernels.plain_mix_norm(x, x0, mix, scale, *skip)
+        return torch.cat((mixed, x0, *[normed] * readers), -1)
+
+    compare(ours, twin, inputs, 0.015)
+
+
+def test_first_columns():
+    """The columns' gradient is added to x's, and to nobody else's who was given the same one."""
+    x, direction = random(3, 67, 8).requires_grad_(), random(3, 67, 8)
+    whole, columns = kernels.first_columns(x, 3)
+    given = direction.clone()
+    gradient, other = torch.autograd.grad(
+        (whole + (bias := torch.zeros_like(whole).requires_grad_()), columns), (x, bias), (direction, direction[..., :3])
+    )
+    torch.testing.assert_close(gradient, torch.cat((2 * direction[..., :3], direction[..., 3:]), -1))
+    assert torch.equal(direction, given) and torch.equal(other, given)
+
+
+def test_a_model_is_the_same_with_kernels():
+    """Skips, parallel layers, recurrence, gates and XSA: the loss and every parameter's gradient, also where an adapter keeps a kernel out."""
+    settings = {"LAYER_PATTERN": "AASA", "UNET_SKIPS": "1", "PARALLEL_START": "3", "LOOP_START": "1", "LOOP_END": "2", "NUM_LOOPS": "1"}
+    extra = {"ATTN_GATE_WIDTH": "4", "MLP_ACT": "leaky_relu2", "VE_LAYERS": "1", "MLP_MULT": "2"}
+    cfg = T.resolve_config({**TINY, **settings, **extra, "DEVICE": DEVICE.type})
+    model = T.build_model(cfg, DEVICE)
+    model.looping = True
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.blocks[0].mixer.c_q.adapter = lambda x: 0.1 * x
+    ids = torch.randint(0, 512, (1, 14), device=DEVICE)
+    results = []
+    for fused in (False, True):
+        model.kernels = dataclasses.replace(model.kernels, fused=fused)
+        model.zero_grad()
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append({"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}})
+    plain, ours = results
+    assert plain.keys() == ours.keys()
+    for name in plain:
+        assert (ours[name] - plain[name]).norm() <= (0.03 if DEVICE.type == "cpu" else 0.1) * plain[name].norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("gated", [True, False])
