@@ -1484,6 +1484,15 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         return joint_linear(x, (self,), scale)[0]
 
+    def onto(self, base: Tensor | None, x: Tensor, scale: Tensor | None, in_place: bool) -> Tensor:
+        """base + W x, or W x without a base. in_place: by the product itself, where that is."""
+        if base is None or not in_place:
+            y = self(x, scale)
+            return y if base is None else base + y
+        if self.observer is not None:
+            self.observer(x)
+        return adapted(kernels.product_onto(base, x, self.matrix(x.dtype, scale)), x, self.adapter, scale)
+
 
 def adapted(y: Tensor, x: Tensor, adapter: Callable[[Tensor], Tensor] | None, scale: Tensor | None = None) -> Tensor:
     """y, which something made of x, and what the adapter makes of the same x; `scale` [out] multiplies y already."""
@@ -1638,7 +1647,8 @@ class ForwardContext:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Mixers: a class with forward(x, ctx, scale) and a line in MIXERS each. `scale` [C] multiplies the output, through the last product's matrix
+# Mixers: a class with forward(x, ctx, scale, base) and a line in MIXERS each. `scale` [C] multiplies the output, through the last product's matrix;
+# base [B,T,C], where given, is what the output is added to
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1665,7 +1675,7 @@ class CausalAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(self.heads, cfg.attn_gate_width)) if cfg.attn_gate_width else None
         self.gate_scale, self.gate_max = cfg.attn_gate_scale, cfg.attn_gate_max
 
-    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         gate = of_gate = None
         if self.gate is not None and ctx.kernels.fused:
             x, of_gate = kernels.first_columns(x, self.gate.size(1))
@@ -1682,23 +1692,19 @@ class CausalAttention(nn.Module):
             o = (kernels.exclusive_gate if fused else kernels.plain_exclusive_gate)(o, values[-1], gate)
         elif gate is not None:
             o = o * gate[..., None]
-        return self.proj(o.flatten(-2), scale)
+        return self.proj.onto(base, o.flatten(-2), scale, ctx.kernels.fused)
 
     def _project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, ...]:
-        """q [B,T,H,D] and k [B,T,Hkv,D], ready for attention, and v [B,T,Hkv,D]: once, or for each of its readers."""
+        """q [B,T,H,D] and k [B,T,Hkv,D], ready for attention, and v [B,T,Hkv,D]: once, or for each of its readers. k and the first v may have
+        every head once for each of its query heads."""
         linears = (self.c_q, self.c_k, self.c_v)
         if ctx.kernels.fused and self.fusible and all(linear.adapter is None for linear in linears):
-            readers, copies = 2 if self.xsa and self.ve_scale is None else 1, 1
+            alone = self.ve_scale is None  # v is what the product gives
+            # flash-attn-4's backward adds up the gradients of grouped heads in two zeroed float32 buffers and converts them; for as many k, v
+            # heads as q heads it writes them once, and the kernel that reads them adds them up.
             backend = ctx.kernels.windowed if self.windowed else ctx.kernels.full
-            if (
-                kernels.COPY_HEADS
-                and backend == "fa4"
-                and self.sink is None
-                and self.ve_scale is None
-                and ctx.state is None
-                and torch.is_grad_enabled()
-            ):
-                copies = self.heads // self.kv_heads
+            repeat = backend == "fa4" and alone and self.sink is None and ctx.state is None and torch.is_grad_enabled()
+            readers, copies = 2 if self.xsa and alone else 1, self.heads // self.kv_heads if repeat else 1
             return kernels.heads_of(joint_product(x, linears), ctx.cos, ctx.sin, self.q_gain, self.kv_heads, readers, copies)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in joint_linear(x, linears))
         return *normed_heads(q, k, ctx.cos, ctx.sin, self.q_gain), v
@@ -1753,7 +1759,7 @@ class GatedDeltaNet(nn.Module):
         dt = torch.empty(self.v_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
 
-    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
         *qkv, z, a, b = joint_linear(x, projections)
         qkv = torch.cat(qkv, -1)
@@ -1777,7 +1783,7 @@ class GatedDeltaNet(nn.Module):
         if final is not None:
             ctx.remember("gdn", final)
         o = rms_norm(o) if self.output_norm else o
-        return self.o_proj(o.flatten(-2) * F.silu(z), scale)
+        return self.o_proj.onto(base, o.flatten(-2) * F.silu(z), scale, ctx.kernels.fused)
 
 
 class TokenShift(nn.Module):
@@ -1789,12 +1795,13 @@ class TokenShift(nn.Module):
         self.w_r, self.w_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, cfg.model_dim)
         self.w_v = Linear(cfg.model_dim, cfg.model_dim, init="zero")
 
-    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         (previous,) = ctx.shifted(x, 1, "shift")
         blend_r, blend_k = torch.sigmoid(self.mu_r).to(x.dtype), torch.sigmoid(self.mu_k).to(x.dtype)
         x_r = torch.lerp(previous, x, blend_r)
         x_k = torch.lerp(previous, x, blend_k)
-        return torch.sigmoid(self.w_r(x_r)) * self.w_v(F.relu(self.w_k(x_k)).square(), scale)
+        y = torch.sigmoid(self.w_r(x_r)) * self.w_v(F.relu(self.w_k(x_k)).square(), scale)
+        return y if base is None else base + y
 
 
 MIXERS = {"A": CausalAttention, "S": SlidingWindowAttention, "G": GatedDeltaNet, "T": TokenShift}
@@ -1897,10 +1904,10 @@ class MLP(nn.Module):
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim, init="zero")
         self.act = cfg.mlp_act
 
-    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         if ctx.kernels.fused and self.act in kernels.FUSED_ACTIVATIONS and self.fc.bare and self.proj.bare:
-            return kernels.fused_mlp(x, self.fc.matrix(x.dtype), self.proj.matrix(x.dtype, scale), self.act)
-        return self.proj(kernels.squared_activation(self.fc(x), self.act), scale)
+            return kernels.fused_mlp(x, self.fc.matrix(x.dtype), self.proj.matrix(x.dtype, scale), self.act, base)
+        return self.proj.onto(base, kernels.squared_activation(self.fc(x), self.act), scale, False)
 
 
 def output_head(
@@ -1959,8 +1966,11 @@ class Block(nn.Module):
             x_in, x0, *normed = kernels.mix_norm(x, x0, self.resid_mix, scale, *(skip or ()), readers=1 + self.parallel)
         else:
             x_in, *normed = kernels.plain_mix_norm(x, x0, self.resid_mix, scale, *(skip or ()))
-        x = x_in + self._mixed(normed[0], ctx)
-        return x + self._hidden(normed[-1] if self.parallel else rms_norm(x) * scale.to(x.dtype), ctx), x0
+        x = self._mixed(normed[0], ctx, x_in)
+        if not self.parallel:
+            in_place = ctx.kernels.fused and torch.compiler.is_compiling()
+            normed = [kernels.scaled_norm(x, scale) if in_place else rms_norm(x) * scale.to(x.dtype)]
+        return self._hidden(normed[-1], ctx, x), x0
 
     def _two_lanes(self, lanes: list[Tensor], x0: Tensor, ctx: ForwardContext, scale: Tensor, skip: Skip | None) -> Tensor:
         if skip is not None:  # skips go into the first lane
@@ -1971,11 +1981,11 @@ class Block(nn.Module):
         keep, write = self.lane_keep.to(x0.dtype), self.lane_write.to(x0.dtype)
         return torch.stack([keep[n] * lanes[n] + write[0, n] * mixed + write[1, n] * hidden for n in range(2)])
 
-    def _mixed(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return adapted(self.mixer(x, ctx, self.mixer_scale), x, self.mixer_adapter, self.mixer_scale)
+    def _mixed(self, x: Tensor, ctx: ForwardContext, base: Tensor | None = None) -> Tensor:
+        return adapted(self.mixer(x, ctx, self.mixer_scale, base), x, self.mixer_adapter, self.mixer_scale)
 
-    def _hidden(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return adapted(self.mlp(x, ctx, self.mlp_scale), x, self.mlp_adapter, self.mlp_scale)
+    def _hidden(self, x: Tensor, ctx: ForwardContext, base: Tensor | None = None) -> Tensor:
+        return adapted(self.mlp(x, ctx, self.mlp_scale, base), x, self.mlp_adapter, self.mlp_scale)
 
 
 class Skip(NamedTuple):
@@ -3984,7 +3994,7 @@ class Benchmark(Trainer):
             return "head and loss"
         if "attention" in name or "flex" in name:
             return "attention"
-        if name.startswith("golf::heads"):
+        if name.startswith(("golf::heads", "golf::mix_norm", "golf::add_columns")):
             return "norms and residual"
         if name.startswith(("golf::", "aten::mm", "aten::addmm")):  # what is left: q, k, v and output projections, XSA, GDN
             return "mixers"

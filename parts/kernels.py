@@ -4,6 +4,7 @@
 |---|---|---|
 | `fused_mlp` | the activation is the epilogue of the first product, its derivative that of the second's gradient; one tensor is kept | `plain_mlp` |
 | `softcap_cross_entropy` | one pass over the logits, which the gradient replaces in place | `train_gpt.output_head` |
+| `product_onto`, `scaled_norm` | a product is added to the residual stream in its epilogue | `base + x @ weight.t()`, `F.rms_norm` |
 | `heads_of` | q and k are normed, rotated and scaled in one pass; one more makes the gradient of the joint product of q, k, v | `train_gpt.normed_heads` |
 | `mix_norm` | the backward reads everything once: column sums, and x0's gradient over the layers, included | `plain_mix_norm` |
 | `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
@@ -32,6 +33,9 @@ except ImportError:  # a CPU machine: every caller asks `missing_triton` first
     triton = None
 
 
+NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds
+
+
 def missing_triton(device: torch.device) -> str:
     """Why the Triton kernels cannot serve on this device; empty if they can."""
     if triton is None:
@@ -44,6 +48,75 @@ def missing_triton(device: torch.device) -> str:
 def _programs(device: torch.device) -> int:
     """Programs of a persistent grid: one a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Products that are added to the residual stream where it lies
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("golf::add_product", mutates_args=("out",))
+def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out [..., N] += x [M,K] Wᵀ, W [N,K]: in the product's epilogue, one pass over out instead of two."""
+    out.view(-1, out.size(-1)).addmm_(x, weight.t())
+
+
+@_add_product.register_fake
+def _(out, x, weight):
+    return None
+
+
+def _added(base: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """base [..., N] + x [M,K] Wᵀ, or x Wᵀ alone. A compiler leaves the copy out where nothing reads base afterwards and base is no view."""
+    if base is None:
+        return x @ weight.t()
+    out = base.clone(memory_format=torch.contiguous_format)
+    _add_product(out, x, weight)
+    return out
+
+
+class _ProductOnto(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _added(base, x, weight)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        base, of_x, of_weight = ctx.needs_input_grad
+        flat = d_y.reshape(-1, d_y.size(-1))
+        return d_y if base else None, flat @ weight if of_x else None, flat.t() @ x if of_weight else None
+
+
+def product_onto(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """base + x Wᵀ; base [..., N], x [..., K], W [N,K]."""
+    return _ProductOnto.apply(base, x.reshape(-1, x.size(-1)), weight)
+
+
+class _ScaledNorm(torch.autograd.Function):
+    """RMSNorm whose backward needs its result, which the next product keeps anyway, and not its input, which can be added to where it lies."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS) * scale
+        normed = wide * inverse
+        if x.dtype != normed.dtype:  # Dynamo loses the gradient of what a cast to the same type gives out and saves
+            normed = normed.to(x.dtype)
+        ctx.save_for_backward(normed, inverse, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx, d_y):
+        normed, inverse, scale = ctx.saved_tensors
+        wide, gradient = normed.float() / scale, d_y.float()
+        return (inverse * (gradient - wide * (gradient * wide).mean(-1, keepdim=True))).to(d_y.dtype), None
+
+
+def scaled_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """rms_norm(x) · scale; scale a float32 number without gradient, not zero."""
+    return _ScaledNorm.apply(x, scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,23 +175,20 @@ if triton is not None:
 
 
 FUSED_ACTIVATIONS = ("leaky_relu2", "relu2")
-MLP_TILES = {  # forward, backward: as many stages as fit shared memory beside the epilogue's tiles
-    False: {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 4},
-    True: {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3},
-}
-MLP_PROGRAMS = {False: 1, True: 1}  # a multiprocessor
+MLP_TILES = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8}
+MLP_STAGES = {False: 4, True: 3}  # forward, backward: what fits shared memory beside the epilogue's tiles
 
 
 def _launch_mlp(a: Tensor, b: Tensor, post: Tensor | None, leaky: bool, **tiles) -> Tensor:
     backward = post is not None
-    tiles = {**MLP_TILES[backward], **tiles}
+    tiles = {**MLP_TILES, "num_stages": MLP_STAGES[backward], **tiles}
     rows, inner = a.shape
     columns = b.size(1) if backward else b.size(0)
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=a.device)
     bm, bn, bk = tiles["BM"], tiles["BN"], tiles["BK"]
     half = [bm, bn // 2]
     describe = TensorDescriptor.from_tensor
-    programs = min(MLP_PROGRAMS[backward] * _programs(a.device), triton.cdiv(rows, bm) * triton.cdiv(columns, bn))
+    programs = min(_programs(a.device), triton.cdiv(rows, bm) * triton.cdiv(columns, bn))
     _mlp_kernel[(programs,)](
         describe(a, [bm, bk]), describe(b, [bk, bn] if backward else [bn, bk]), describe(out if post is None else post, half),
         describe(out, half), rows, columns, inner, LEAKY=leaky, BACKWARD=backward, PROGRAMS=programs, **tiles,
@@ -149,27 +219,29 @@ def _(d_y, w_down, post, leaky):
 
 
 class _FusedMLP(torch.autograd.Function):
-    """Only the two products with an epilogue are opaque: the compiler sees the other four and fuses what surrounds them."""
+    """Only the products with an epilogue are opaque: the compiler sees the others and fuses what surrounds them."""
 
     @staticmethod
-    def forward(ctx, x, w_up, w_down, leaky):
+    def forward(ctx, base, x, w_up, w_down, leaky):
         post = mlp_up(x, w_up, leaky)
         ctx.save_for_backward(x, w_up, w_down, post)
         ctx.leaky = leaky
-        return post.to(x.dtype) @ w_down.t()
+        return _added(base, post.to(x.dtype), w_down)
 
     @staticmethod
     def backward(ctx, d_y):
         x, w_up, w_down, post = ctx.saved_tensors
-        d_h = mlp_down_gradient(d_y.contiguous(), w_down, post, ctx.leaky).to(x.dtype)
-        _, up, down, _ = ctx.needs_input_grad  # a matrix that does not train costs no product
-        return d_h @ w_up, d_h.t() @ x if up else None, d_y.t() @ post.to(x.dtype) if down else None, None
+        flat = d_y.reshape(-1, d_y.size(-1)).contiguous()
+        d_h = mlp_down_gradient(flat, w_down, post, ctx.leaky).to(x.dtype)
+        base, _, up, down, _ = ctx.needs_input_grad  # a matrix that does not train costs no product
+        return d_y if base else None, d_h @ w_up, d_h.t() @ x if up else None, flat.t() @ post.to(x.dtype) if down else None, None
 
 
-def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, act: str) -> Tensor:
-    """act(x W_upᵀ)² W_downᵀ for x [..., C], w_up [N,C], w_down [C,N] in bfloat16; act 'leaky_relu2' or 'relu2'. Widths are multiples of 8."""
-    flat = x.reshape(-1, x.size(-1))
-    return _FusedMLP.apply(flat, w_up.contiguous(), w_down.contiguous(), act == "leaky_relu2").view(*x.shape[:-1], w_down.size(0))
+def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, act: str, base: Tensor | None = None) -> Tensor:
+    """act(x W_upᵀ)² W_downᵀ for x [..., C], w_up [N,C], w_down [C,N] in bfloat16; act 'leaky_relu2' or 'relu2'; added to base [..., C], if there is
+    one. Widths are multiples of 8."""
+    y = _FusedMLP.apply(base, x.reshape(-1, x.size(-1)), w_up.contiguous(), w_down.contiguous(), act == "leaky_relu2")
+    return y.view(*x.shape[:-1], w_down.size(0))
 
 
 def squared_activation(h: Tensor, act: str) -> Tensor:
@@ -366,9 +438,6 @@ if triton is not None:
 
 
 HEAD_ROWS = 32  # of one program
-# flash-attn-4's backward of grouped heads adds into two zeroed float32 accumulators and converts them; of as many k, v heads as q heads it writes at once.
-COPY_HEADS = False
-NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds
 
 
 def _heads_launch(kernel, heads_a_row: int, joint: Tensor, cos: Tensor, *tensors: Tensor, heads: int, kv_heads: int, **how) -> None:

@@ -41,7 +41,7 @@ def seeded():
 @pytest.fixture
 def small_tiles(monkeypatch):
     if DEVICE.type == "cpu":  # several tiles each way, ragged at every edge
-        monkeypatch.setattr(kernels, "MLP_TILES", [{"BM": 16, "BN": 32, "BK": 16}] * 2)
+        monkeypatch.setattr(kernels, "MLP_TILES", {"BM": 16, "BN": 32, "BK": 16})
 
 
 @pytest.mark.parametrize("act", kernels.FUSED_ACTIVATIONS)
@@ -135,6 +135,23 @@ def test_mix_norm(batch, length, width, skip, readers, monkeypatch):
         return torch.cat((mixed, x0, *[normed] * readers), -1)
 
     compare(ours, twin, inputs, 0.015)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_onto_the_stream(compiled):
+    """base + x Wᵀ with its gradients, base untouched for who reads it again; the scaled norm's backward from its result."""
+    scale = torch.tensor(0.7, device=DEVICE)
+    inputs = [random(2, 5, 24), random(2, 5, 32), random(24, 32, scale=0.2)]
+
+    def ours(base, x, weight):
+        y = kernels.product_onto(base, x, weight)
+        return torch.cat((y, base, kernels.scaled_norm(y, scale)), -1)
+
+    def twin(base, x, weight):
+        y = base + x @ weight.t()
+        return torch.cat((y, base, F.rms_norm(y, (24,)) * scale), -1)
+
+    compare(torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours, twin, inputs, 0.01)
 
 
 def test_first_columns():
