@@ -1000,7 +1000,7 @@ class Kernels:
     full: str = "flash"  # attention over everything before
     windowed: str = "plain"  # sliding-window attention
     fused: bool = (
-        False  # parts/kernels.py's Triton kernels: MLP, softcapped cross-entropy, q and k's norm with rotary embedding, XSA with its gate
+        False  # parts/kernels.py's: MLP, softcapped cross-entropy, q and k before attention, the residual stream, XSA with its gate
     )
     gdn: str = "torch"
     refused: tuple[str, ...] = ()
@@ -1008,7 +1008,7 @@ class Kernels:
     def lines(self, reasons: bool = True) -> list[str]:
         """For the banner. reasons: why faster ones do not serve, which on a CPU is no question."""
         return [
-            f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy, heads and XSA {'triton' if self.fused else 'plain'}, "
+            f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy, heads, residual stream and XSA {'triton' if self.fused else 'plain'}, "
             f"gated delta rule {self.gdn}" + (f" (not: {'; '.join(self.refused)})" if self.refused and reasons else "")
         ]
 

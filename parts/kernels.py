@@ -7,6 +7,7 @@
 | `product_onto`, `scaled_norm` | a product is added to the residual stream in its epilogue | `base + x @ weight.t()`, `F.rms_norm` |
 | `heads_of` | q and k are normed, rotated and scaled in one pass; one more makes the gradient of the joint product of q, k, v | `train_gpt.normed_heads` |
 | `mix_norm` | the backward reads everything once: column sums, and x0's gradient over the layers, included | `plain_mix_norm` |
+| `first_columns` | their gradient goes into those columns alone | `x, x[..., :n]` |
 | `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
 | `flash_attention` | flash-attn-4 (CuTe) for full, windowed and by-document attention, with the row's log-sum for sinks | `train_gpt.naive_attention` |
 
