@@ -999,9 +999,7 @@ class Kernels:
 
     full: str = "flash"  # attention over everything before
     windowed: str = "plain"  # sliding-window attention
-    fused: bool = (
-        False  # parts/kernels.py's: MLP, softcapped cross-entropy, q and k before attention, the residual stream, XSA with its gate
-    )
+    fused: bool = False  # parts/kernels.py's: MLP, softcapped cross-entropy, q and k, residual stream, XSA with its gate
     gdn: str = "torch"
     refused: tuple[str, ...] = ()
 
@@ -1699,11 +1697,11 @@ class CausalAttention(nn.Module):
         every head once for each of its query heads."""
         linears = (self.c_q, self.c_k, self.c_v)
         if ctx.kernels.fused and self.fusible and all(linear.adapter is None for linear in linears):
-            alone = self.ve_scale is None  # v is what the product gives
             # flash-attn-4's backward adds up the gradients of grouped heads in two zeroed float32 buffers and converts them; for as many k, v
             # heads as q heads it writes them once, and the kernel that reads them adds them up.
-            backend = ctx.kernels.windowed if self.windowed else ctx.kernels.full
-            repeat = backend == "fa4" and alone and self.sink is None and ctx.state is None and torch.is_grad_enabled()
+            alone = self.ve_scale is None  # v is what the product gives
+            repeat = ctx.kernels.full == "fa4" and not self.windowed and alone and self.sink is None and ctx.boundaries is None
+            repeat = repeat and ctx.state is None and torch.is_grad_enabled()
             readers, copies = 2 if self.xsa and alone else 1, self.heads // self.kv_heads if repeat else 1
             return kernels.heads_of(joint_product(x, linears), ctx.cos, ctx.sin, self.q_gain, self.kv_heads, readers, copies)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in joint_linear(x, linears))
