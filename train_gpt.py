@@ -455,14 +455,14 @@ class EvalConfig(ExpertConfig):
         "what has a LoRA in every layer call; o, mlp: beside the whole mixer, the whole MLP",
         several=("q", "k", "v", "o", "mlp", "head"),
     )
-    ttt_doc_rank: int = setting(80, "its rank", low=1, high=4096)
-    ttt_doc_alpha: float = setting(144.0, "its output is multiplied by this / TTT_DOC_RANK", low=0)
-    ttt_doc_lr: float = setting(1e-4, "AdamW, without momentum", low=0, high=1e6)
+    ttt_doc_rank: int = setting(32, "its rank", low=1, high=4096)
+    ttt_doc_alpha: float = setting(57.6, "its output is multiplied by this / TTT_DOC_RANK", low=0)
+    ttt_doc_lr: float = setting(2e-4, "AdamW, without momentum", low=0, high=1e6)
     ttt_doc_beta2: float = setting(0.99, "AdamW", low=0, high=0.99999)
     ttt_doc_wd: float = setting(1.0, "AdamW's weight decay", low=0)
     ttt_doc_chunks: str = setting(
-        "8@256,24@2000,48",
-        "tokens scored before they are learned from, size@position in the document until which; the last one until its end",
+        "24",
+        "tokens scored before they are learned from, size@position in the document until which (8@256,24@2000,48); the last one until its end",
     )
     ttt_doc_lanes: int = setting(0, "documents side by side; 0: automatic", low=0, high=4096)
     eval_tokens: int = setting(0, "evaluate the first n validation tokens only; 0: all", low=0)

@@ -92,7 +92,7 @@ class DocumentTrainer:
 
     def __init__(self, model: GPT, cfg: EvalConfig, seed: int, window: int, device: torch.device, graphs: bool = True):
         self.model, self.cfg, self.device = model, cfg, device
-        self.lanes = cfg.ttt_doc_lanes or (128 if device.type == "cuda" else 8)
+        self.lanes = cfg.ttt_doc_lanes or (64 if device.type == "cuda" else 8)
         self.stages = cfg.document_chunks
         model.requires_grad_(False)
         self.adapters = DocumentAdapters(model, cfg.ttt_doc_sites.split(","), cfg.ttt_doc_rank, cfg.ttt_doc_alpha, self.lanes, seed)
