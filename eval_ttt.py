@@ -80,6 +80,7 @@ from train_gpt import (
     resolve_config,
     say_near_misses,
     score_windows,
+    sent,
     settings,
     setup_distributed,
 )
@@ -460,7 +461,7 @@ class WindowReader:
         return self._only((positions >= begin) & (positions < end), positions, logits)
 
     def _only(self, wanted: Tensor, positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return positions[wanted], values if wanted.all() else values[wanted.nonzero().squeeze(1).to(self.ctx.device)]
+        return positions[wanted], values if wanted.all() else values[sent(wanted.nonzero().squeeze(1), self.ctx.device)]
 
     def _windows_between(self, start: int, end: int) -> list[Window]:
         """Windows that score targets start..end-1. One that reaches over `start` is scored from there on only: same context, same result."""
@@ -487,7 +488,7 @@ class WindowReader:
         positions, values = torch.cat(positions), torch.cat(values)
         if self.cfg.by_document:  # came in batches of like lengths
             positions, order = positions.sort()
-            values = values[order.to(ctx.device)]
+            values = values[sent(order, ctx.device)]
         return positions, values
 
     def close(self) -> None:
@@ -577,8 +578,8 @@ class Session:
             upto = min(end, last)
             here = ((mine >= first - begin) & (mine < upto - begin)).nonzero().squeeze(1)
             shown = torch.zeros(upto - first, self.evaluator.vocab_size, device=self.ctx.device)
-            place = (mine[here] + begin - first).to(self.ctx.device)
-            shown[place] = prediction.distribution(here.to(self.ctx.device))
+            place = sent(mine[here] + begin - first, self.ctx.device)
+            shown[place] = prediction.distribution(sent(here, self.ctx.device))
             parts.append(self.ctx.all_reduce_sum(shown))
             if upto == end < self.known:
                 self._finish(begin, end, prediction, mine)
@@ -678,7 +679,7 @@ class Session:
     def _record_plain(self, start: int, end: int) -> None:
         positions, nll = self.reader.values(start, end, self.known, self.chunks[self.number], whole=False)
         gathered = torch.zeros(2, end - start, dtype=torch.float64, device=self.ctx.device)
-        at = (positions - start).to(self.ctx.device)
+        at = sent(positions - start, self.ctx.device)
         gathered[0, at] = nll.double()
         gathered[1].index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
         self._record(start, end, *self.ctx.all_reduce_sum(gathered))
@@ -693,12 +694,12 @@ class Session:
         with self.clock("experts"):
             at, mine = torch.arange(begin, end, device=self.ctx.device), positions - begin
             contexts = context_rows(self.tokens, at, self.mixture.context_length, self.evaluator.vocab_size)
-            return self.mixture.predict(logits, contexts, mine.to(self.ctx.device)), mine
+            return self.mixture.predict(logits, contexts, sent(mine, self.ctx.device)), mine
 
     def _record_mixed(self, begin: int, end: int, prediction: Prediction, mine: Tensor) -> None:
         """Scores of the block's targets, and what the experts learn from them."""
         cfg, ctx, mixture = self.cfg, self.ctx, self.mixture
-        at, mine = torch.arange(begin, end, device=ctx.device), mine.to(ctx.device)
+        at, mine = torch.arange(begin, end, device=ctx.device), sent(mine, ctx.device)
         targets = self.tokens[at + 1].long()
         record = prediction.record(targets[mine])
         gathered = torch.zeros(end - begin, record.size(1) + 1, dtype=torch.float64, device=ctx.device)

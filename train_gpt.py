@@ -2650,6 +2650,11 @@ def padded_lengths(seq_len: int) -> list[int]:
     return [*itertools.takewhile(lambda padded: padded < seq_len, (SHORTEST_PADDED << n for n in itertools.count())), seq_len]
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the CPU on the device, without waiting for it: a copy from pageable memory begins when all else there is done."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 FILL_ID = 0  # behind a window's end. Not BOS: thousands of documents of one token cost attention by document more than the text
 
 
@@ -2670,14 +2675,14 @@ def score_windows(
         rows, offsets = batch_seqs * seq_len // width, torch.arange(width, device=device)
         for at in range(0, len(members), rows):
             start, score_from, end = torch.tensor(members[at : at + rows]).T[..., None]
-            there = start.to(device) + offsets
-            inside = there < end.to(device)
+            there = sent(start, device) + offsets
+            inside = there < sent(end, device)
             inputs, targets = (tokens[(there + ahead).clamp_max(len(tokens) - 1)].long() for ahead in (0, 1))
             with torch.no_grad():  # the padding is constant: nothing of the text behind a window gets in
                 values = forward(inputs.where(inside, FILL_ID), targets.where(inside, FILL_ID), reduction="none", score_last=scored)
             index = start + torch.arange(width - scored, width)
             wanted = (index >= score_from) & (index < end)
-            yield index[wanted], values[tuple(part.to(device) for part in wanted.nonzero(as_tuple=True))].float()
+            yield index[wanted], values[tuple(sent(part, device) for part in wanted.nonzero(as_tuple=True))].float()
 
 
 @dataclass(frozen=True)
@@ -2710,7 +2715,7 @@ def evaluate(
     mine, batch = windows[ctx.rank :: ctx.world_size], eval_batch_size(cfg, seq_len, ctx.device)
     with ctx.progress("sliding windows" if stride < seq_len else "validation", targets) as advance:
         for positions, values in score_windows(forward, tokens, mine, seq_len, stride, batch):
-            positions = positions.to(ctx.device)
+            positions = sent(positions, ctx.device)
             nll[positions] = values
             times.index_add_(0, positions, torch.ones_like(values))
             advance(len(positions) * ctx.world_size)

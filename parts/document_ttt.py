@@ -26,7 +26,7 @@ from torch import Tensor
 from data.shards import BOS_ID
 from parts.adapters import DocumentAdapters, repeatable_gradients
 from parts.audit import NEVER, Ledger
-from train_gpt import GPT, DecodeState, EvalConfig, RunContext
+from train_gpt import GPT, DecodeState, EvalConfig, RunContext, sent
 
 
 class Chunk:
@@ -228,7 +228,7 @@ class DocumentReader:
                 at = starts + first + torch.arange(logits.size(1))
                 read = logits[: len(batch)]
                 if not whole:
-                    targets = self.tokens[(at + 1).clamp_max(len(self.tokens) - 1).to(self.ctx.device)].long()
+                    targets = self.tokens[sent((at + 1).clamp_max(len(self.tokens) - 1), self.ctx.device)].long()
                     read = -read.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
                 if values is None:
                     values = read.new_empty(total + 1, *read.shape[2:])  # what is beyond its document goes to the last

@@ -395,7 +395,7 @@ def test_a_future_leak_in_the_model_fails_the_audit():
     cfg = config(ttt_mode="off")
     model = randomized(cfg)
     # Sequence as [B,T,C]: adding a mean over time shows every position the whole window.
-    model.blocks[0].register_forward_hook(lambda module, inputs, output: output + 0.1 * output.mean(1, keepdim=True))
+    model.blocks[0].register_forward_hook(lambda module, inputs, out: (out[0] + 0.1 * out[0].mean(1, keepdim=True), *out[1:]))
     assert blind_verdicts(ScoreFirstEvaluator(model, cfg, byte_table(), RunContext()), stream(120))[0] == FAIL
 
 
