@@ -103,7 +103,7 @@ class _ScaledNorm(torch.autograd.Function):
         wide = x.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS) * scale
         normed = wide * inverse
-        if x.dtype != normed.dtype:  # Dynamo loses the gradient of what a cast to the same type gives out and saves
+        if x.dtype != normed.dtype:  # torch 2.11 compiles a cast to the same type, saved and given out, to no gradient
             normed = normed.to(x.dtype)
         ctx.save_for_backward(normed, inverse, scale)
         return normed
