@@ -316,6 +316,13 @@ def test_a_forward_sees_few_shapes():
     assert shapes == {(3, 24, 24), (3, 24, 8)}
 
 
+def test_an_audits_forwards_cost_what_scoring_the_text_twice_does():
+    """A forward of so many windows a drawn target."""
+    batch = lambda targets, **changes: eval_ttt.auditable(config(**changes), targets, RunContext()).eval.eval_batch_seqs
+    assert batch(10_240, eval_batch_seqs=0) * 8 * 64 == 2 * 10_240
+    assert batch(10_240, eval_batch_seqs=3) == 3 and batch(100, eval_batch_seqs=0) == 1
+
+
 ALONE = {"ttt_mode": "off"}
 AUDITED = [ALONE, ALONE | {"document_mask": True}, {}, {"ttt_polyak": 0.5, "ttt_reset_per_doc": True}, {"invalid_cache": True}]
 AUDITED += [{"experts": "tilt,ngram", "expert_mixer": "hedge"}, {"ttt_mode": "document", "ttt_doc_chunks": "16", "ttt_doc_lr": 0.02}]

@@ -1,5 +1,6 @@
 """parts/files.py: how every command ends, and how files come to be."""
 
+import errno
 import io
 import json
 import os
@@ -90,6 +91,9 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(path):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write to an open file says it
+    assert caught.value.filename == str(path)
     assert read_json(path) == {"name": "caf\udce9 é"} and [p.name for p in path.parent.iterdir()] == ["value.json"]
     for damaged in (b"", b"[1]", b"{", b"\xff", b"[" * 100_000):
         path.write_bytes(damaged)

@@ -42,6 +42,17 @@ def test_a_terminal_sees_it_and_a_file_does_not(terminal, clock, monkeypatch, ca
     assert said == [] and capsys.readouterr().out == ""
 
 
+def test_what_is_soon_done_is_not_shown(clock, monkeypatch):
+    stream = Stream(True)
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    work(clock, [0.1] * 9, [])
+    assert stream.getvalue() == ""
+    with Progress("audit", 10, "targets") as advance:
+        clock(2)
+        advance(0)  # nothing is done yet, and nothing can be told from it
+    assert stream.getvalue() == ""
+
+
 def test_a_line_of_the_log_does_not_land_in_it(clock, monkeypatch, capsys):
     stream = Stream(True)
     monkeypatch.setattr(progress.sys, "stderr", stream)
