@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from unittest import mock
@@ -25,7 +26,7 @@ import train_gpt
 from data.shards import BOS_ID, ByteTable, load_shard, shard_header
 from eval_ttt import Chunk, ScoreFirstEvaluator, chunk_lr, plan_chunks
 from parts import audit
-from parts.audit import FAIL, NOT_CHECKED, PASS
+from parts.audit import FAIL, INCOMPLETE, NOT_CHECKED, PASS
 from parts.files import UserError
 from train_gpt import Config, RunContext, build_model, evaluate, parameter_table
 
@@ -491,6 +492,11 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
             start["vocab_size"] = 511
             with pytest.raises(UserError, match="the text's vocabulary is 511, the artifact's 512"):
                 eval_ttt.serve_artifact(artifact, RunContext())
+        for verdict, code in ((FAIL, 1), (INCOMPLETE, 0), (PASS, 0)):
+            done = {"audit": {"verdict": verdict}}
+            with mock.patch.object(sys, "argv", ["eval_ttt.py", str(artifact), "--audit"]):
+                with mock.patch.object(eval_ttt, "evaluate_artifact", lambda *arguments, done=done: done):
+                    assert eval_ttt.main() == code
 
     # The same text judged by the referee: the same score, read from a submission that could see nothing of it ahead.
     (tmp_path / "raw.txt").write_bytes((Path(sysconfig.get_paths()["stdlib"]) / "bisect.py").read_bytes())
