@@ -48,7 +48,7 @@ test-gpu:
 	$(BIN)/python -m pytest -m gpu -s
 
 test-faults:
-	$(BIN)/python -m pytest -m faults -p no:cacheprovider tests/test_faults.py $(FAULTS)
+	$(BIN)/python -m pytest -m faults -p no:cacheprovider tests/test_faults.py tests/test_nodes.py $(FAULTS)
 
 records:
 	@$(BIN)/python lab.py records

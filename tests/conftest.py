@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny real dataset (a few standard-library sources), a tiny configuration, and a way to run the commands."""
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: their arithmetic is checked without a GPU
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # started by nohup, whose children would ignore what tests send them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # models this small gain nothing from two, and lose much where cores are shared
 
 # Small enough that a step takes milliseconds, with every kind of mixer in it.

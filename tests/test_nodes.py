@@ -93,6 +93,7 @@ def assert_that_it_ended_well(done: subprocess.CompletedProcess, message: str, f
     assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints", "config.json", "metrics.jsonl", "train.log"}
 
 
+@pytest.mark.faults
 def test_a_rank_with_a_fault_takes_the_job_down(launch, tmp_path):
     settings = {**launch.settings, "RUNS_DIR": launch.runs, **ENDLESS}
     done = two_ranks(tmp_path, first=DYING.replace("HOW", "raise ValueError('of rank 1')"), **settings)
@@ -131,6 +132,7 @@ def over_ssh(*arguments: str, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / "launch/ssh.sh", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.faults
 def test_two_hosts_train_over_ssh(launch, tmp_path):
     settings = {**launch.settings, "RUNS_DIR": tmp_path / "a b", "RUN_ID": "run", "LAYER_PATTERN": "AT", "ITERATIONS": 3, "DEVICE": "cpu"}
     environment = stand_ins(tmp_path, ssh='echo "$*" >> "$NOTES/calls"; exec bash -c "${@: -1}"')
@@ -167,6 +169,7 @@ for ((node = 0; node < SLURM_NNODES; node++)); do wait -n || exit; done
 SCONTROL = 'if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$NOTES/requeued"; fi'
 
 
+@pytest.mark.faults
 def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(launch, tmp_path):
     """SIGUSR1 reaches all that the step runs, torchrun's agents too, and only training acts on it. The run then goes on, here on two nodes."""
     script = ROOT / "launch/slurm.sh"
