@@ -412,6 +412,17 @@ def calibration_batches(cfg: Config, ctx: RunContext, count: int) -> Iterator[tu
 
 
 @torch.no_grad()
+def warm_up(model: GPT, cfg: Config, ctx: RunContext) -> None:
+    """One calibration batch of random tokens: kernels compile and are tuned outside the clock, as before training."""
+    observer = HessianObserver(model)
+    tokens = torch.randint(cfg.model.vocab_size, (CALIBRATION_SEQUENCES, cfg.train.train_seq_len + 1), device=ctx.device)
+    try:
+        model(tokens[:, :-1], tokens[:, 1:])
+    finally:
+        observer.close()
+
+
+@torch.no_grad()
 def collect_hessians(model: GPT, cfg: Config, ctx: RunContext) -> tuple[dict[str, Tensor], float]:
     """-> (parameter name -> Hessian [in, in], the same on every rank; mean training loss of the calibration batches)."""
     observer = HessianObserver(model)
@@ -733,6 +744,8 @@ class Quantizer:
 
     def calibrate(self) -> None:
         """Hessians. Their time is training time: training data is read."""
+        if self.ctx.device.type == "cuda":
+            warm_up(self.model, self.cfg, self.ctx)
         with self.clock("calibration"):
             self.hessians, self.float_loss = collect_hessians(self.model, self.cfg, self.ctx)
 

@@ -381,6 +381,7 @@ def test_hessians_see_every_call_of_every_linear(world):
         for batch in Q.calibration_batches(cfg, RunContext(), cfg.quant.gptq_calibration_batches):
             model(*batch)
     handle.remove()
+    Q.warm_up(model, cfg, RunContext())  # leaves nothing behind
     hessians, loss = Q.collect_hessians(model, cfg, RunContext())
     matrices = {spec.name for spec in train_gpt.parameter_table(model) if spec.param.dim() == 2 and spec.role != "control"}
     assert matrices == set(hessians), "a matrix without a Hessian"
