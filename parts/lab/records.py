@@ -143,6 +143,12 @@ def links(record: Path, runs: Sequence[Result], names: Sequence[str]) -> str:
     return ", ".join(found)
 
 
+def test_time_training(config: dict) -> str:
+    if config.get("ttt_mode") == "document":
+        return f"by document, LoRA of rank {config.get('ttt_doc_rank')}, lr {config.get('ttt_doc_lr')}, chunks of {config.get('ttt_doc_chunks')}"
+    return f"{config.get('ttt_optimizer')}, epochs: {config.get('ttt_epochs')}, weights: {config.get('ttt_params')}"
+
+
 def results_column(record: Path, group: Group, name: str) -> dict[str, str]:
     """The figures of a group with one of its evaluations, by row."""
     runs = group.runs
@@ -168,8 +174,7 @@ def results_column(record: Path, group: Group, name: str) -> dict[str, str]:
     if first:
         column["val_bpb artifact, sliding"] = f"{mean([s.get('sliding_bpb') for s in scored])} (stride {config.get('eval_stride')})"
         if first.get("ttt_bpb") is not None:
-            how = f"{config.get('ttt_optimizer')}, epochs: {config.get('ttt_epochs')}, weights: {config.get('ttt_params')}"
-            column["+ score-first TTT"] = f"{mean([s.get('ttt_bpb') for s in scored])} ({how})"
+            column["+ score-first TTT"] = f"{mean([s.get('ttt_bpb') for s in scored])} ({test_time_training(config)})"
         if first.get("experts_bpb") is not None:
             column["+ experts"] = f"{mean([s.get('experts_bpb') for s in scored])} ({config.get('experts', '').replace(',', ', ')})"
         if claim := first.get("invalid_cache"):
@@ -180,13 +185,15 @@ def results_column(record: Path, group: Group, name: str) -> dict[str, str]:
         rates = [s.get("tokens_per_second") or {} for s in scored]
         for title, key in (
             ("sliding pass", "sliding"),
+            ("score-first pass", "score_first"),
             ("model alone", "model"),
             ("experts alone", "experts"),
             ("TTT's training alone", "training"),
         ):
-            if key == "experts" and first.get("experts_bpb") is None:
-                continue
-            column[f"{title}, tokens/s"] = middle([r.get(key) for r in rates], lambda rate: f"{rate:,.0f}")
+            if rate := middle(
+                [r.get(key) for r in rates if key != "experts" or first.get("experts_bpb") is not None], lambda rate: f"{rate:,.0f}"
+            ):
+                column[f"{title}, tokens/s"] = rate
         seconds = [s.get("seconds") or {} for s in scored]
         spent = [middle([s.get(phase) for s in seconds], lambda value: f"{value:.1f}") for phase in ("total", "compile", "audit")]
         column["evaluation, s: all / compilation / audit"] = " / ".join(part or "–" for part in spent)
