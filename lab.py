@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -281,8 +280,6 @@ def main() -> int:
     for name, (do, declare) in VERBS.items():
         declare(verbs.add_parser(name, help=do.__doc__, description=do.__doc__))
     options = parser.parse_args(sys.argv[1:] or ["--help"])
-    if options.verb in ("list", "table", "sample"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them without a word
     return VERBS[options.verb][0](options)
 
 

@@ -66,9 +66,9 @@ from data.shards import (
     unread_files,
 )
 from parts import kernels
-from parts.files import UserError, atomic_write, cli, fault_line, lost_rank, one_line, read_json, write_json
+from parts.files import UserError, atomic_write, cli, fault_line, flush_stdout, lost_rank, one_line, read_json, write_json
 from parts.progress import Progress, duration, quantity
-from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, flush_stdout, print_line, run_lock, start_mirrors
+from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, print_line, run_lock, start_mirrors
 
 SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
 Result = TypeVar("Result")

@@ -8,10 +8,13 @@ import hashlib
 import json
 import os
 import re
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 LEFTOVER_SECONDS = 3600  # no file takes that long to write
 
@@ -46,30 +49,69 @@ def report_fault(line: str) -> None:
             details = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows the first of these
             json.dump({"message": {"message": line, "extraInfo": details}}, file)
     if rank == "0" or not summary:
-        print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
 
 
-def cli(main: Callable[[], int | None]) -> None:
-    """Run a command's main(), then exit: a `UserError` or `OSError` becomes one clear line on stderr and exit code 2, as does the loss of
-    another rank; Ctrl-C is exit code 130."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal of another encoding than UTF-8 (Latin-1, ASCII) has no "→", no terminal has a file name that is not text.
-        with contextlib.suppress(AttributeError):  # not a text stream of the system's: a caller replaced it
-            stream.reconfigure(errors="backslashreplace")
+def silence(stream: TextIO) -> None:
+    """Let a stream lead nowhere, so that neither what it still holds nor a later line fails."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _flush() -> None:
+    print(end="", flush=True)  # not sys.stdout's own: there may be none
+
+
+def flush_stdout() -> None:
+    """What stdout still holds is written or dropped now, where it is no fault: at the interpreter's end it would be exit code 120."""
     try:
-        code = main()
+        _flush()
+    except OSError:
+        silence(sys.stdout)
+
+
+def _unread(stream: TextIO | None) -> bool:
+    """Whether the stream is a pipe whose reader has gone (`| head`)."""
+    poll = select.poll()
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream of the system's, or none at all
+        poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _outcome(act: Callable[[], int | None]) -> int:
+    """Act; the exit code of how that ended, after its one line on stderr."""
+    try:
+        return act() or 0
+    except SystemExit as end:  # argparse's, after --help
+        return end.code or 0
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+        if isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr)):
+            return 128 + signal.SIGPIPE
         report_fault(fault_line(error))
-        code = 2
+        return 2
     except RuntimeError as error:
         if not (lost := lost_rank(error)):
             raise
         report_fault(lost)
-        code = 2
+        return 2
     except KeyboardInterrupt:  # training handles the signal itself and saves; elsewhere nothing is half-written
-        print("error: interrupted", file=sys.stderr, flush=True)
-        code = 130
-    sys.exit(code or 0)
+        report_fault("interrupted")
+        return 130
+
+
+def cli(main: Callable[[], int | None]) -> None:
+    """Run a command's main(), then exit: a `UserError` or `OSError` becomes one clear line on stderr and exit code 2, as does the loss of
+    another rank; Ctrl-C is exit code 130; where nobody reads any more what is printed, SIGPIPE's code is all that is said."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding than UTF-8 (Latin-1, ASCII) has no "→", no terminal has a file name that is not text.
+        with contextlib.suppress(AttributeError):  # not a text stream of the system's: a caller replaced it
+            stream.reconfigure(errors="backslashreplace")
+    code = _outcome(main) or _outcome(_flush)
+    flush_stdout()
+    sys.exit(code)
 
 
 def _sync(path: Path) -> None:

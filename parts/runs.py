@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from parts.files import UserError
+from parts.files import UserError, silence
 from parts.progress import erase
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,26 +165,11 @@ def print_line(line: str) -> bool:
         erase()
         print(line, flush=True)
     except BrokenPipeError:
-        _silence_stdout()
+        silence(sys.stdout)
         return False
     except OSError:
         pass
     return True
-
-
-def flush_stdout() -> None:
-    """What stdout still holds is written or dropped now, where it is no fault: at the interpreter's end it would be exit code 120."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _silence_stdout()
-
-
-def _silence_stdout() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
 
 
 def start_mirrors(folder: Path, names: str, log: Callable[[str], None]) -> None:

@@ -77,6 +77,30 @@ def test_help_where_the_terminal_is_not_unicode(monkeypatch):
     assert exit.value.code == 0 and stream.buffer.getvalue() == "a \\u2192 é\n".encode("latin-1")
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+def test_whoever_reads_may_leave(buffered):
+    """A closed pipe ends a command without a word, as SIGPIPE would; a full disk, a pipe of its own and a fault of input keep their line."""
+
+    def end_of(main: str, output: int) -> tuple[int, str]:
+        code = f"import argparse, os, sys; from parts.files import UserError, cli\ndef main():\n    {main}\ncli(main)"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.PIPE, text=True)
+        return done.returncode, done.stderr
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert end_of("print('line')", writer) == (141, "")
+    assert end_of("[print('line' * 1000) for _ in range(100)]", writer) == (141, "")
+    assert end_of("argparse.ArgumentParser().parse_args(['--help'])", writer) == (141 if buffered else 0, "")  # argparse passes over it
+    if buffered:
+        assert end_of("print('line'); raise UserError('no')", writer) == (2, "error: no\n")
+    os.close(writer)
+    with open("/dev/full", "w") as full:
+        assert end_of("print('line')", full) == (2, "error: No space left on device\n")
+    pipe = "reader, writer = os.pipe(); os.close(reader); os.write(writer, b'to a process that has gone')"
+    assert end_of(pipe, subprocess.DEVNULL) == (2, "error: Broken pipe\n")
+
+
 def test_every_command_ends_that_way():
     commands = [path for path in [*ROOT.glob("*.py"), ROOT / "data/prepare.py"] if "__main__" in path.read_text(encoding="utf-8")]
     assert len(commands) >= 5

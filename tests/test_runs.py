@@ -117,7 +117,7 @@ def test_at_once_stops_where_it_stands(capfd):
 
 
 def test_a_closed_pipe_is_noticed_and_no_line_fails():
-    code = "from parts import runs\nwhile runs.print_line('line'): pass\nassert runs.print_line('into nothing'); runs.flush_stdout(); raise SystemExit(7)"
+    code = "from parts import files, runs\nwhile runs.print_line('line'): pass\nassert runs.print_line('into nothing'); files.flush_stdout(); raise SystemExit(7)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
