@@ -1027,8 +1027,8 @@ class Evaluation:
         def report(number: int, count: int, so_far: Trace, reached: int) -> None:
             if number % max(1, count // 20) == 0 or number + 1 == count:
                 mean, took = so_far.ledger.nll[:reached].mean().item(), time.perf_counter() - started
-                left = duration(took * (targets / reached - 1))
-                ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / took:,.0f} eta:{left}")
+                eta = f" eta:{duration(advance.left)}" if advance.rate else ""
+                ctx.log(f"  chunk {number + 1}/{count} loss:{mean:.4f} tok/s:{reached / took:,.0f}{eta}")
 
         with ctx.progress("score-first pass", targets) as advance:
             trace = self.evaluator.run(self.tokens, self.audit, report, advance)

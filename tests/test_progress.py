@@ -64,17 +64,37 @@ def test_a_line_of_the_log_does_not_land_in_it(clock, monkeypatch, capsys):
         assert stream.getvalue().endswith("\r\x1b[K") and capsys.readouterr().out == "chunk 1\n"
 
 
-def test_minutes_are_announced_once(clock):
+def test_a_log_has_a_line_now_and_then_while_minutes_are_left(clock):
     said = []
-    work(clock, [4.0] * 5, said)
-    assert said == ["sliding windows: about 7m to go (1.00K tok at 2.5/s)"]
+    work(clock, [4.0] * 100, said)
+    assert said[0] == "sliding windows: 9% of 1.00K tok, 2.5/s eta 6m" and said[-1].endswith("2.5/s eta 76s")
+    assert 8 <= len(said) <= 12, "a line each half minute of 400 s, and none in the last"
+    said.clear()
     for seconds, options in (
-        ([0.1] * 5, {}),
-        ([1.0] * 6, {}),
-        ([4.0] * 5, {"shown": False}),
-    ):  # short, less than two minutes, another rank's
+        ([0.1] * 100, {}),
+        ([60.0] + [0.5] * 99, {}),
+        ([4.0] * 100, {"shown": False}),
+    ):  # short, short behind a minute's compilation, another rank's
         work(clock, seconds, said, **options)
-    assert len(said) == 1
+    assert said == []
+    work(clock, [36.0] * 100, said)
+    assert len(said) < 60, "an hour's log stays short"
+
+
+def test_compilation_is_no_measure_of_the_rest(clock, monkeypatch):
+    """A first unit of five minutes, a second of 20 s, then two a second: what is left is told by these, as soon as there are enough of them."""
+    said = []
+    work(clock, [300.0, 20.0] + [0.5] * 60, said)
+    assert said == []
+    with Progress("compressing", 10_000, "tok", said.append) as advance:
+        for seconds in [300.0, 20.0] + [0.5] * 600:
+            clock(seconds)
+            advance()
+    assert said[0] == "compressing: 0% of 10.00K tok, 2/s eta 83m" and len(said) == 10 and said[-1].startswith("compressing: 6%")
+    stream = Stream(True)
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    work(clock, [300.0], said)
+    assert stream.getvalue().startswith("\rsliding windows   1% 10/1.00K tok \x1b[K"), "no rate and no end are known yet"
 
 
 def test_figures_are_short():
