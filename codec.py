@@ -361,8 +361,10 @@ def model_config(cfg: Config) -> ModelConfig:
 def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
     """The plain ones: kernels that choose a variant by timing it would not choose the same one twice. Masks by document have theirs."""
     model = model_config(cfg)
+    if not model.document_mask:
+        return Kernels()
     plan = plan_kernels(dataclasses.replace(cfg, model=model), device, compiled=False)
-    return Kernels(full=plan.full, windowed=plan.windowed) if model.document_mask else Kernels()
+    return Kernels(full=plan.full, windowed=plan.windowed)
 
 
 class Lockstep:

@@ -28,7 +28,6 @@ import datetime
 import difflib
 import errno
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -1011,23 +1010,27 @@ class Kernels:
         ]
 
 
-FLASH_PACKAGES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
-
-
 def plan_kernels(cfg: Config, device: torch.device, compiled: bool) -> Kernels:
     """Choose the kernels for this machine; ATTENTION_BACKEND and FUSED_KERNELS force one, or fail with the reason."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     on_cuda = device.type == "cuda"
-    absent = {name: not package_exists(package) for name, package in FLASH_PACKAGES.items()}
-    faults = {  # an empty fault means usable
-        "fa4": kernels.missing_flash_attention_4(device),
-        "fa3": "needs a Hopper GPU" if capability[0] != 9 else "flash_attn_interface is not installed" * absent["fa3"],
-        "cudnn": "needs a CUDA GPU of capability 8.0" if capability < (8, 0) else "",
-        "fa2": "needs a CUDA GPU of capability 8.0" if capability < (8, 0) else "flash_attn is not installed" * absent["fa2"],
-        "flash": "",
-        "flex": "" if on_cuda and compiled else "FlexAttention pays only compiled, on CUDA",
-        "plain": "",
+    old = "needs a CUDA GPU of capability 8.0" * (capability < (8, 0))
+    probes = {  # in one line why a backend cannot serve here, empty if it can
+        "fa4": lambda: kernels.missing_flash_attention_4(device),
+        "fa3": lambda: "needs a Hopper GPU" if capability[0] != 9 else kernels.missing(lambda: flash_function("fa3")),
+        "cudnn": lambda: old or "torch comes without cuDNN" * (not torch.backends.cudnn.is_available()),
+        "fa2": lambda: old or kernels.missing(lambda: flash_function("fa2")),
+        "flash": lambda: "",
+        "flex": lambda: "" if on_cuda and compiled else "FlexAttention pays only compiled, on CUDA",
+        "plain": lambda: "",
     }
+    faults: dict[str, str] = {}  # of those that were asked: importing a package takes seconds
+
+    def fault_of(name: str) -> str:
+        if name not in faults:
+            faults[name] = probes[name]()
+        return faults[name]
+
     # In order of preference. Masks by document want variable lengths (fa4) or an arbitrary mask; a sink wants the rows' log-sum (fa4) or,
     # as a first key outside the window, an arbitrary mask. Full attention takes a sink as an extra first position with any causal kernel.
     order = {"full": ("fa4", "fa3", "cudnn", "fa2", "flash"), "windowed": ("fa4", "fa3", "flex", "fa2", "plain")}
@@ -1040,12 +1043,12 @@ def plan_kernels(cfg: Config, device: torch.device, compiled: bool) -> Kernels:
         serves = {"full": serves["full"], "windowed": masked}
     forced = cfg.run.attention_backend
     if forced != "auto":
-        if faults[forced]:
-            raise UserError(f"ATTENTION_BACKEND={forced}: {faults[forced]}")
+        if fault_of(forced):
+            raise UserError(f"ATTENTION_BACKEND={forced}: {fault_of(forced)}")
         order = {kind: (forced, *names) if forced in serves[kind] else names for kind, names in order.items()}
         if forced not in (order["full"][0], order["windowed"][0]):
             raise UserError(f"ATTENTION_BACKEND={forced} serves neither full nor windowed layers with DOCUMENT_MASK=1")
-    chosen = {kind: next(name for name in names if not faults[name]) for kind, names in order.items()}
+    chosen = {kind: next(name for name in names if not fault_of(name)) for kind, names in order.items()}
     refused = [f"{name}: {fault}" for name, fault in faults.items() if fault and forced == "auto"]
     fault = kernels.missing_triton(device)
     if fault and cfg.run.fused_kernels == "1":
@@ -1053,13 +1056,6 @@ def plan_kernels(cfg: Config, device: torch.device, compiled: bool) -> Kernels:
     refused += [f"triton: {fault}"] if fault else []
     gdn = choose_gdn_backend(cfg.run, device) if "G" in cfg.model.pattern else "torch"
     return Kernels(chosen["full"], chosen["windowed"], not fault and cfg.run.fused_kernels != "0", gdn, tuple(refused))
-
-
-def package_exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # raised, not returned, when the parent of a dotted name is missing
-        return False
 
 
 def attention_mask(length: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
@@ -1229,15 +1225,20 @@ def _flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Ten
     return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def _flash_attention_package(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
+def flash_function(backend: str) -> Callable:
+    """What fa2 or fa3 calls. ImportError where it is not there."""
     if backend == "fa2":
         from flash_attn import flash_attn_func
     else:
         from flash_attn_interface import flash_attn_func
+    return flash_attn_func
+
+
+def _flash_attention_package(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
     how = {"window_size": (window - 1, 0) if window else (-1, -1)}
     if torch.are_deterministic_algorithms_enabled():
         how["deterministic"] = True
-    out = flash_attn_func(q, k, v, causal=True, **how)
+    out = flash_function(backend)(q, k, v, causal=True, **how)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -1315,18 +1316,35 @@ def choose_gdn_backend(cfg: RunConfig, device: torch.device) -> str:
         return "torch"
     if device.type != "cuda":
         raise UserError("GDN_BACKEND=fla needs a CUDA device")
-    if not importlib.util.find_spec("fla"):
-        raise UserError("GDN on CUDA needs flash-linear-attention: pip install -r requirements-cuda.txt (or GDN_BACKEND=torch, slow)")
+    if fault := kernels.missing(fla_functions):
+        raise UserError(
+            f"GDN on CUDA needs flash-linear-attention ({fault}): pip install -r requirements-cuda.txt (or GDN_BACKEND=torch, slow)"
+        )
     import triton
 
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    if hopper and (3, 4, 0) <= version < (3, 7, 1) and not importlib.util.find_spec("tilelang"):
+    if hopper and (3, 4, 0) <= version < (3, 7, 1) and (fault := kernels.missing(_fla_tilelang)):
         raise UserError(
-            f"Triton {triton.__version__} miscompiles GDN's backward on Hopper: install triton>=3.7.1, or tilelang "
-            "(pip install -r requirements-cuda.txt), or set GDN_BACKEND=torch"
+            f"Triton {triton.__version__} miscompiles GDN's backward on Hopper: install triton>=3.7.1, or tilelang ({fault}; "
+            "pip install -r requirements-cuda.txt), or set GDN_BACKEND=torch"
         )
     return "fla"
+
+
+def fla_functions() -> tuple[Callable, Callable, Callable]:
+    """flash-linear-attention's gated delta rule: forward, backward, and both with a state."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd, chunk_gated_delta_rule_fwd
+
+    return chunk_gated_delta_rule_fwd, chunk_gated_delta_rule_bwd, chunk_gated_delta_rule
+
+
+def _fla_tilelang() -> None:
+    from fla.ops.common.backends import CommonTileLangBackend
+
+    if not CommonTileLangBackend.can_use():  # as fla's own dispatcher asks
+        raise ImportError("it needs its package and nvcc, and FLA_TILELANG not to be 0")
 
 
 def gated_delta_rule(
@@ -1340,9 +1358,7 @@ def gated_delta_rule(
         out, final = chunked_gated_delta_rule(q, k, v, g, beta, state)
         return out, final if keep_state else None
     if keep_state or state is not None:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        return chunk_gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=keep_state)
+        return fla_functions()[2](q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=keep_state)
     return _fla_forward(q.contiguous(), k.contiguous(), v.contiguous(), g.contiguous(), beta.contiguous())[0], None
 
 
@@ -1352,9 +1368,7 @@ def gated_delta_rule(
 
 @torch.library.custom_op("golf::gated_delta_rule", mutates_args=())
 def _fla_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
-
-    cumulative, out, solved, *_ = chunk_gated_delta_rule_fwd(
+    cumulative, out, solved, *_ = fla_functions()[0](
         q=q, k=k, v=v, g=g, beta=beta, scale=q.size(-1) ** -0.5, initial_state=None, output_final_state=False
     )
     return out.to(v.dtype), cumulative, solved
@@ -1369,9 +1383,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor,
 def _fla_backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cumulative: Tensor, solved: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
-
-    dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(
+    dq, dk, dv, dbeta, dg, *_ = fla_functions()[1](
         q=q, k=k, v=v, g=cumulative, beta=beta, A=solved, scale=q.size(-1) ** -0.5, initial_state=None, do=d_out, dht=None
     )
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g.dtype), dbeta.to(beta.dtype)

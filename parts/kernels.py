@@ -20,11 +20,13 @@ Shapes: M tokens, C model width, N hidden width, V vocabulary, H query heads, K 
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from parts.files import one_line
 
 try:
     import triton
@@ -35,6 +37,16 @@ except ImportError:  # a CPU machine: every caller asks `missing_triton` first
 
 
 NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds
+
+
+def missing(load: Callable[[], object]) -> str:
+    """Why `load` cannot import what an op calls, in one line; empty if it can. That a package is there says little: flash-attn-4 brings a
+    `flash_attn` without flash-attn-2's functions, a wheel for another torch breaks while it is read."""
+    try:
+        load()
+    except Exception as error:
+        return one_line(error) or type(error).__name__
+    return ""
 
 
 def missing_triton(device: torch.device) -> str:
@@ -850,11 +862,13 @@ def missing_flash_attention_4(device: torch.device) -> str:
     """Why flash-attn-4 cannot serve on this device; empty if it can. Its CuTe kernels have forward and backward for Hopper and Blackwell."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return "needs a Hopper or Blackwell GPU"
-    try:
-        found = importlib.util.find_spec("flash_attn.cute")
-    except ModuleNotFoundError:
-        found = None
-    return "" if found else "flash-attn-4 is not installed"
+    return missing(_flash_kernels)
+
+
+def _flash_kernels() -> tuple[Callable, Callable]:
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    return _flash_attn_fwd, _flash_attn_bwd
 
 
 def _flash_arguments(window: int, boundaries: Tensor | None, longest: int) -> dict:
@@ -870,9 +884,7 @@ def _flat(x: Tensor, boundaries: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("golf::flash_attention_4", mutates_args=())
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, longest: int, window: int) -> tuple[Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out, lse, *_ = _flash_attn_fwd(
+    out, lse, *_ = _flash_kernels()[0](
         *(_flat(x, boundaries) for x in (q, k, v)), return_lse=True, **_flash_arguments(window, boundaries, longest)
     )
     return out.view(q.shape), lse
@@ -898,10 +910,8 @@ def _flash_backward(
     longest: int,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
-
     q_, k_, v_, out_, d_out_ = (_flat(x, boundaries) for x in (q, k, v, out, d_out))
-    gradients = _flash_attn_bwd(
+    gradients = _flash_kernels()[1](
         q_, k_, v_, out_, d_out_, lse, dlse=d_lse, deterministic=torch.are_deterministic_algorithms_enabled(),
         **_flash_arguments(window, boundaries, longest),
     )  # fmt: skip

@@ -309,22 +309,21 @@ def test_gdn_backend_on_the_cpu():
      ("3.6.0", (8, 0), False, False), ("3.3.1", (9, 0), False, False)],
 )  # fmt: skip
 def test_the_miscompiling_triton_is_refused_on_hopper(monkeypatch, triton, capability, tilelang, refused):
-    import importlib.util
     import sys
     from types import SimpleNamespace
 
     import torch
 
-    found = {"fla": True, "tilelang": tilelang}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.get(name))
+    faults = {T.fla_functions: "", T._fla_tilelang: "" if tilelang else "it needs nvcc"}
+    monkeypatch.setattr(T.kernels, "missing", faults.get)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cfg, device = T.resolve_config({}), torch.device("cuda")
     if refused:
-        with pytest.raises(T.UserError, match=r"install triton>=3\.7\.1, or tilelang"):
+        with pytest.raises(T.UserError, match=r"install triton>=3\.7\.1, or tilelang \(it needs nvcc"):
             T.choose_gdn_backend(cfg.run, device)
     else:
         assert T.choose_gdn_backend(cfg.run, device) == "fla"
-    found["fla"] = False
+    faults[T.fla_functions] = "no module"
     with pytest.raises(T.UserError, match="needs flash-linear-attention"):
         T.choose_gdn_backend(cfg.run, device)

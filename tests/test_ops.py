@@ -1,5 +1,8 @@
 """Every op against its naive twin: outputs and all gradients, odd lengths."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,9 +164,57 @@ def test_partial_rope_is_relative_and_leaves_the_rest():
 def test_a_forced_kernel_is_chosen_where_it_serves_and_nowhere_else(forced, sink, monkeypatch):
     """On a GPU that offers every Hopper kernel. A windowed layer with a sink sees one key outside its window: no causal kernel computes that."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(T.importlib.util, "find_spec", lambda package: object())
+    monkeypatch.setattr(T.kernels, "missing", lambda load: "")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     cfg = T.resolve_config({"ATTN_SINK": str(int(sink)), "ATTENTION_BACKEND": forced})
     plan = T.plan_kernels(cfg, torch.device("cuda"), compiled=True)
     assert plan.full == forced
     masks = ("fa4", "flex", "plain")
     assert plan.windowed == (forced if forced in masks or (forced in ("fa3", "fa2") and not sink) else "fa4")
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """packages(path, text): write a module of a package that only this test sees."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        for name in set(sys.modules) - before:  # what an earlier state of the package left
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    yield write
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_backend_is_there_if_what_it_calls_is(packages, monkeypatch):
+    """flash-attn-4 alone brings a namespace package `flash_attn` that has nothing of flash-attn-2."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+    def plan(backend: str = "auto", **settings: str):
+        return T.plan_kernels(T.resolve_config({"ATTENTION_BACKEND": backend, **settings}), torch.device("cuda"), compiled=True)
+
+    def refused(backend: str, reason: str, **settings: str) -> None:
+        with pytest.raises(T.UserError, match=f"^[^\n]*{reason}[^\n]*$"):
+            plan(backend, **settings)
+
+    packages("flash_attn/cute/interface.py", "def _flash_attn_fwd(): ...")
+    refused("fa4", "ATTENTION_BACKEND=fa4: cannot import name '_flash_attn_bwd'")
+    refused("fa2", "ATTENTION_BACKEND=fa2: cannot import name 'flash_attn_func' from 'flash_attn'")
+    refused("fa3", "ATTENTION_BACKEND=fa3: No module named 'flash_attn_interface'")
+    assert (plan().full, plan().windowed) == ("cudnn", "flex")
+    assert {line.split(":")[0] for line in plan().refused} - {"triton"} == {"fa4", "fa3"}, "what is not preferred is not asked"
+    packages("flash_attn_interface.py", "raise OSError('undefined\\nsymbol')")
+    refused("fa3", "fa3: undefined symbol")
+    packages("flash_attn/cute/interface.py", "def _flash_attn_fwd(): ...\ndef _flash_attn_bwd(): ...")
+    assert (plan().full, plan("fa4").windowed) == ("fa4", "fa4")
+    packages("flash_attn/__init__.py", "def flash_attn_func(): ...")
+    assert plan("fa2").full == "fa2"
+
+    packages("fla/ops/gated_delta_rule/__init__.py", "")
+    refused("auto", "GDN on CUDA needs flash-linear-attention .cannot import name 'chunk_gated_delta_rule'", LAYER_PATTERN="GA")
