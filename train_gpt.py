@@ -278,7 +278,9 @@ class TrainConfig(Part):
     train_seq_len: int = setting(1024, "tokens a sequence", low=2)
     train_seq_schedule: str = setting("", "shorter sequences first, length@fraction of the budget until which, e.g. 1024@0.1,2048@0.7")
     train_row_tokens: int = setting(
-        0, "tokens a row of whole documents, cut only every TRAIN_SEQ_LEN tokens; 0: rows of TRAIN_SEQ_LEN, cut anywhere", low=0
+        0,
+        "tokens a row of whole documents, a rank's share of a step at most, cut only every TRAIN_SEQ_LEN tokens; 0: rows of TRAIN_SEQ_LEN, cut anywhere",
+        low=0,
     )
     train_seq_rewarmup_frac: float = setting(
         0.0, "fraction of the budget over which the LR rises again after each change of length", low=0, high=1
@@ -903,8 +905,8 @@ def document_starts(ids: Tensor, span: int = 0) -> Tensor:
 class TokenStream:
     """The training shards as one endless stream, read in order; each step takes the next `batch_tokens` of it.
 
-    A step's sequences are the same whatever the number of ranks and micro-batches, and its place in the stream is one integer
-    (`position`, in tokens since the start), so a resumed run reads exactly what the unbroken one would have read.
+    A step's sequences are the same whatever the number of ranks (as long as each gets a whole row) and micro-batches, and its
+    place in the stream is one integer (`position`, in tokens since the start), so a resumed run reads exactly what the unbroken one would have read.
     """
 
     def __init__(self, data_path: str | Path, vocab_size: int, split: str = "train"):
@@ -2566,7 +2568,8 @@ class BatchPlan:
 def plan_batch(cfg: TrainConfig, ctx: RunContext, seq_len: int = 0) -> BatchPlan:
     """Derive gradient accumulation for sequences of `seq_len` (0: TRAIN_SEQ_LEN); refuse sizes that do not divide, naming the nearest that would."""
     per_gpu, context, world = cfg.train_batch_tokens_per_gpu, seq_len or cfg.train_seq_len, ctx.world_size
-    seq = max(cfg.train_row_tokens, context)
+    share, rest = (per_gpu, 0) if per_gpu else divmod(cfg.train_batch_tokens, world)
+    seq = max(cfg.train_row_tokens if rest else min(cfg.train_row_tokens, share), context)
     name = "TRAIN_BATCH_TOKENS_PER_GPU" if per_gpu else "TRAIN_BATCH_TOKENS"
     total, unit = (per_gpu, seq) if per_gpu else (cfg.train_batch_tokens, seq * world)
     if total % unit:

@@ -1,5 +1,6 @@
 """Settings: resolution, checks, presets."""
 
+import dataclasses
 import re
 
 import pytest
@@ -226,6 +227,20 @@ def test_accumulation_is_derived():
     assert (plan.sequences, plan.per_rank, plan.per_micro, plan.accumulation) == (64, 32, 4, 8)
     cfg = T.resolve_config({"TRAIN_BATCH_TOKENS_PER_GPU": "4096", "TRAIN_SEQ_LEN": "64"})
     assert T.plan_batch(cfg.train, T.RunContext(world_size=8)).sequences == 512
+
+
+@pytest.mark.parametrize("preset,tokens", [("frontier", 98304), ("frontier/one_gpu", 65536)])
+def test_a_preset_with_rows_of_documents_runs_on_any_number_of_gpus(preset, tokens):
+    """A row is as long as the preset says where every rank gets one, else a rank's share of the step."""
+    cfg = T.resolve_config({"PRESET": preset}).train
+    for world in (1, 2, 4, 8, 16):
+        for length, _ in cfg.sequence_lengths:
+            plan = T.plan_batch(cfg, T.RunContext(world_size=world), length)
+            assert plan.tokens == cfg.train_batch_tokens and plan.seq_len == length
+            assert plan.row_tokens == min(tokens, cfg.train_batch_tokens // world)
+    with pytest.raises(T.UserError, match=r"TRAIN_ROW_TOKENS=.* times 7 rank"):
+        T.plan_batch(cfg, T.RunContext(world_size=7))
+    assert T.plan_batch(dataclasses.replace(cfg, train_batch_tokens_per_gpu=12288), T.RunContext(world_size=7)).row_tokens == 12288
 
 
 def test_sequence_lengths_follow_the_budget():
