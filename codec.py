@@ -15,7 +15,8 @@ them, or reads them. Nothing else in the loop knows which it is.
 
 Order of coding. The text's tokens are cut into P streams of about equal length, at document starts where one is near. Step t codes token t
 of every stream. Windows are those of `plan_windows` in each stream. Weights train after every P·n tokens, experts count after every P·m,
-where P·n and P·m are as near to TTT_CHUNK_TOKENS and EXPERT_BLOCK_TOKENS as whole steps (n: whole strides) allow.
+where P·n and P·m are as near to TTT_CHUNK_TOKENS and EXPERT_BLOCK_TOKENS as whole steps (n: whole strides) allow. With TTT_MODE=document each
+stream has adapters, which begin anew with a document and learn every TTT_DOC_CHUNKS steps; no window is read again.
 
 Both directions must find the same probabilities to the last bit, so they run the same plain kernels on the same shapes, uncompiled, with
 deterministic gradients, and the file says on what it was written. A CPU's file decodes wherever the same build of torch runs on a CPU of the
@@ -51,7 +52,9 @@ from data import case_ops
 from data.shards import BOS_ID, SPACE, ByteTable, list_shards, load_tokenizer, tokenizer_hash
 from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, repeatable_gradients
 from parts import packing
+from parts.adapters import repeatable_gradients
 from parts.artifact import load_artifact
+from parts.document_ttt import DocumentTrainer
 from parts.experts import ExpertMixture
 from parts.files import UserError, atomic_write, cli, read_json, sha256_file, write_json
 from parts.runs import artifact_file
@@ -374,9 +377,7 @@ class Lockstep:
     """
 
     def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext, streams: Streams):
-        if cfg.eval.ttt_mode == "document":
-            raise UserError("TTT_MODE=document: the codec does not train by document; compress with TTT_MODE=stream or TTT_MODE=off")
-        if cfg.eval.ttt_mode != "off" and cfg.eval.ttt_reset_per_doc:
+        if cfg.eval.ttt_mode == "stream" and cfg.eval.ttt_reset_per_doc:
             raise UserError(
                 "TTT_RESET_PER_DOC=1: streams in lockstep share their weights; compress with TTT_RESET_PER_DOC=0 or TTT_MODE=off"
             )
@@ -390,7 +391,7 @@ class Lockstep:
         self.window = cfg.eval.eval_seq_len or cfg.train.train_seq_len
         self.stride = cfg.eval.eval_stride
         self.trainer, self.weights = None, contextlib.ExitStack()
-        if cfg.eval.ttt_mode != "off" and cfg.eval.ttt_epochs:
+        if cfg.eval.ttt_mode == "stream" and cfg.eval.ttt_epochs:
             seq_len = cfg.eval.ttt_seq_len or self.window
             self.trainer = TestTimeTrainer(model, model, cfg, byte_table.to(self.device), ctx, seq_len)
             self.weights.enter_context(self.trainer.scoring_weights())
@@ -487,6 +488,61 @@ class Lockstep:
         self.trainer.learn(self.tokens, Chunk(end - self.chunk_steps, end), chunk_lr(self.cfg.eval, number, count), self.lengths)
         self.weights.enter_context(self.trainer.scoring_weights())
         self.start = -1  # the caches are of the old weights
+
+
+class DocumentLockstep(Lockstep):
+    """Streams whose documents have adapters of their own (`document_ttt.DocumentTrainer`, a lane a stream).
+
+    Nothing is read again to predict: caches remember, and adapters begin anew with a document. All streams learn at the same steps,
+    every TTT_DOC_CHUNKS: what of a chunk belongs to the document that a stream is in teaches its adapters, so that
+    a document's first chunk is shorter here than where it is read by itself. To learn, the chunk is read once more, as one piece, from where it began.
+    """
+
+    def __init__(self, model: GPT, cfg: Config, byte_table: ByteTable, ctx: RunContext, streams: Streams):
+        super().__init__(model, cfg, byte_table, ctx, streams)
+        if len(cfg.eval.document_chunks) > 1:
+            raise UserError(
+                f"TTT_DOC_CHUNKS={cfg.eval.ttt_doc_chunks}: streams in lockstep learn at the same steps, wherever their documents are; "
+                "compress with one length, such as TTT_DOC_CHUNKS=24"
+            )
+        ((self.chunk_steps, _),) = cfg.eval.document_chunks
+        rows, record = len(self.tokens), cfg.run.compile != "0"
+        self.trainer = DocumentTrainer(model, cfg.eval, cfg.run.seed, self.window, self.device, record, rows, one_document=False)
+        self.state = self.trainer.state
+        self.mark: dict[tuple, Tensor] = {}  # of the state where the chunk began
+
+    def _logits(self, t: int) -> Tensor:
+        if self.step is None:
+            with repeatable_gradients(self.device):
+                self.trainer.prepare()
+            self.step = Graphed(self._step, self.trainer.graphs)
+            self.step.prepare()
+            self.trainer.restart()
+        if t % self.chunk_steps == 0:
+            self.mark = self.state.mark()
+        self.input.copy_(self.tokens[:, t : t + 1])
+        return self.step()
+
+    def _step(self) -> Tensor:
+        with self.trainer.adapters.attached():
+            return super()._step()
+
+    def reveal(self, t: int, tokens: Tensor) -> None:
+        super().reveal(t, tokens)
+        others = ((tokens == BOS_ID) & (self.lengths > t + 1)).nonzero().flatten()  # what begins in a stream that goes on
+        if len(others):
+            self.trainer.restart(others)
+
+    def _train(self, end: int) -> None:
+        begin = end - self.chunk_steps
+        place = torch.arange(begin, end, device=self.device)
+        inputs = self.tokens[:, begin:end]
+        starts = torch.where(inputs == BOS_ID, place, 0).amax(1, keepdim=True)  # of the document that a stream is in, if within the chunk
+        chunk = self.trainer.chunks[self.chunk_steps]
+        self.state.rewind(self.mark)
+        with repeatable_gradients(self.device):
+            chunk.read(self.tokens[:, begin : end + 1])
+            chunk.learn(place >= starts)
 
 
 def transmit(
@@ -590,7 +646,8 @@ class Session:
         self.machine = machine(cfg, self.ctx.device)
 
     def lockstep(self, streams: Streams) -> Lockstep:
-        return Lockstep(self.model, self.cfg, self.byte_table, self.ctx, streams)
+        kind = DocumentLockstep if self.cfg.eval.ttt_mode == "document" else Lockstep
+        return kind(self.model, self.cfg, self.byte_table, self.ctx, streams)
 
 
 def probed(t: int, lockstep: Lockstep) -> bool:

@@ -978,9 +978,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first 2*cos.size(-1) dims of x [B,T,H,D] (partial RoPE, half-split pairing). cos, sin [T, dims/2]."""
+    """Rotary embedding of the first 2*cos.size(-1) dims of x [B,T,H,D] (partial RoPE, half-split pairing). cos, sin [T or B,T, dims/2]."""
     half = cos.size(-1)
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
@@ -1539,12 +1539,23 @@ class DecodeState:
     has begun; the one that begins it may have any length. `begun = False` starts over with another text in the same memory; so does
     `restart`, after which the first piece is like all others.
 
-    one_document: no stream has a second one. Then its text may go on beyond `capacity`, which is how many positions full attention sees, the
-    query's own included. With gradients enabled a piece is differentiable as far as it goes: what is remembered of earlier ones is constant.
+    endless: the text may go on beyond `capacity`, which is how many positions full attention sees, the query's own included; positions
+    start over with a document.
+    one_document: no stream has a second one, and nothing has to be hidden from it. With gradients enabled a piece is differentiable as far as
+    it goes: what is remembered of earlier ones is constant.
     """
 
-    def __init__(self, rows: int, capacity: int, piece: int = 1, device: torch.device | str = "cpu", one_document: bool = False):
-        self.total, self.rows, self.capacity, self.piece, self.one_document = rows, slice(0, rows), capacity, piece, one_document
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        piece: int = 1,
+        device: torch.device | str = "cpu",
+        endless: bool = False,
+        one_document: bool = False,
+    ):
+        self.total, self.rows, self.capacity, self.piece = rows, slice(0, rows), capacity, piece
+        self.endless, self.one_document = endless, one_document
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.slots: dict[tuple, Tensor] = {}
         self.begun = False
@@ -1557,7 +1568,7 @@ class DecodeState:
 
     def reach(self, window: int) -> tuple[int, int]:
         """(keys that a query sees, 0: all; slots of the cache) of attention over `window` keys, 0: full."""
-        if self.one_document:
+        if self.endless:
             window = min(window or self.capacity, self.capacity)
             return window, -(-(window - 1 + self.piece) // 8) * 8  # a mask whose rows are aligned
         return window, min(self.capacity, window - 1 + self.piece) if window else self.capacity
@@ -1580,6 +1591,20 @@ class DecodeState:
         part.rows = slice(first, last)
         return part
 
+    def mark(self) -> dict[tuple, Tensor]:
+        """What `rewind` needs to come back to this place from up to `piece` tokens further on (endless): all but the caches, where what is
+        seen from here is still held then."""
+        return {key: value.clone() for key, value in self._places() if key[-1] not in ("k", "v")}
+
+    def rewind(self, mark: dict[tuple, Tensor]) -> None:
+        for key, value in self._places():
+            if key in mark:
+                value.copy_(mark[key])
+
+    def _places(self) -> Iterator[tuple[tuple, Tensor]]:
+        yield ("position",), self.position
+        yield from self.slots.items()
+
     def clone(self) -> DecodeState:
         other = copy.copy(self)
         other.position, other.slots = self.position.clone(), {key: value.clone() for key, value in self.slots.items()}
@@ -1590,11 +1615,10 @@ class DecodeState:
 class ForwardContext:
     """What every layer of one forward may need beside its input."""
 
-    cos: Tensor  # [T, rope_dims/2]
+    cos: Tensor  # [T, rope_dims/2]; [B, T, rope_dims/2] where positions start over with a document
     sin: Tensor
     continues: list[Tensor]  # bool [B,T] each: position t-1 (t-2, …) exists and is of the same document
-    # number of each position's document, int [B,T]; [B, capacity] in a text that goes on. Only under DOCUMENT_MASK
-    documents: Tensor | None
+    documents: Tensor | None  # int [B,T], only under DOCUMENT_MASK: the number of each position's document; with a state where it starts
     boundaries: Tensor | None  # int32 [documents + 1, padded]: the same for fa4
     longest: int  # positions of a document at most
     kernels: Kernels
@@ -1653,7 +1677,7 @@ class ForwardContext:
             if window:
                 mask = mask & (query - held < window)
             if self.documents is not None:
-                mask = mask & (self.documents[:, query[:, 0], None] == self.documents[:, held.clamp_min(0)][:, None])[:, None]
+                mask = mask & (held >= self.documents[..., None])[:, None]
             self.masks[key] = F.pad(mask, (0, int(sink)), value=True)
         return self.masks[key]
 
@@ -1710,7 +1734,7 @@ class CausalAttention(nn.Module):
         """q [B,T,H,D] and k [B,T,Hkv,D], ready for attention, and v [B,T,Hkv,D]: once, or for each of its readers. k and the first v may have
         every head once for each of its query heads."""
         linears = (self.c_q, self.c_k, self.c_v)
-        if ctx.kernels.fused and self.fusible and all(linear.adapter is None for linear in linears):
+        if ctx.kernels.fused and self.fusible and ctx.cos.dim() == 2 and all(linear.adapter is None for linear in linears):
             # flash-attn-4's backward adds up the gradients of grouped heads in two zeroed float32 buffers and converts them; for as many k, v
             # heads as q heads it writes them once, and the kernel that reads them adds them up.
             alone = self.ve_scale is None  # v is what the product gives
@@ -2090,12 +2114,15 @@ class GPT(nn.Module):
         positions = positions + state.position if goes_on else positions
         documents = None
         if cfg.document_mask and not (state is not None and state.one_document):
-            documents = begins[:, back:].int().cumsum(1, dtype=torch.int32)
-            if state is not None:
-                numbers = state.slot(("documents",), documents[:, :1].expand(-1, state.capacity))
-                documents = documents + numbers.index_select(1, state.position.view(1) - 1) if goes_on else documents
-                numbers.index_copy_(1, positions, documents)
-                documents = numbers if goes_on else documents
+            if state is None:
+                documents = begins[:, back:].int().cumsum(1, dtype=torch.int32)
+            else:
+                documents = torch.where(begins[:, back:], positions, 0).cummax(1).values
+                latest = state.slot(("document",), documents[:, :1])
+                documents = documents.maximum(latest) if goes_on else documents
+                latest.copy_(documents[:, -1:])
+                if state.endless:  # the sink, a key without a position, is seen as from the document's own first token
+                    positions = positions - documents
         if state is not None:
             for name, values in (("begins", begins), ("ids", extended)):
                 state.slot((name,), values[:, -back:]).copy_(values[:, -back:])
@@ -2106,7 +2133,7 @@ class GPT(nn.Module):
         previous = [extended[:, back - n : back - n + length] for n in range(1, back + 1)]
         dims = cfg.rope_dims or cfg.head_dim
         frequency = cfg.rope_base ** (-torch.arange(0, dims, 2, device=ids.device, dtype=torch.float32) / dims)
-        angle = positions.float()[:, None] * frequency
+        angle = positions.float()[..., None] * frequency
         if boundaries is None and not goes_on:
             boundaries = self.boundaries(ids, span)
         longest = min(span or length, length)

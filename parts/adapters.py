@@ -71,11 +71,11 @@ class DocumentAdapters(nn.Module):
         self.head = lora(*model.tok_emb.weight.shape) if "head" in sites else None
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Other documents."""
+    def reset(self, rows: Tensor | slice = slice(None)) -> None:
+        """Other documents there."""
         for lora, start in zip(self.loras, self.starts):
-            lora.down.copy_(start)
-            lora.up.zero_()
+            lora.down[rows] = start
+            lora.up[rows] = 0.0
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -92,6 +92,37 @@ class DocumentAdapters(nn.Module):
     def _enter(self, call: int, block: Block) -> None:
         for owner, attribute, lora in self.calls[call]:
             setattr(owner, attribute, lora)
+
+
+class RowAdamW:
+    """AdamW (Loshchilov and Hutter 2019) without momentum over parameters [rows, …], each row of which starts over by itself.
+
+    No momentum: what a chunk teaches acts on the next one at once.
+    """
+
+    def __init__(self, params: Sequence[Tensor], lr: float, beta2: float, weight_decay: float, eps: float = 1e-10):
+        self.params, self.lr, self.beta2, self.weight_decay, self.eps = list(params), lr, beta2, weight_decay, eps
+        self.squares = [torch.zeros_like(param) for param in self.params]
+        self.steps = self.params[0].new_zeros(len(self.params[0]), 1, 1)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        self.steps += 1
+        rate = -self.lr * (1 - self.beta2**self.steps).sqrt()  # of the squares' mean over the steps that there were
+        torch._foreach_mul_(self.squares, self.beta2)
+        torch._foreach_addcmul_(self.squares, gradients, gradients, 1 - self.beta2)
+        roots = torch._foreach_sqrt(self.squares)
+        torch._foreach_add_(roots, self.eps)
+        moves = torch._foreach_div(gradients, roots)
+        torch._foreach_mul_(self.params, 1 - self.lr * self.weight_decay)
+        for param, move in zip(self.params, moves):
+            param.addcmul_(move, rate)
+
+    @torch.no_grad()
+    def reset(self, rows: Tensor | slice = slice(None)) -> None:
+        self.steps[rows] = 0
+        for square in self.squares:
+            square[rows] = 0.0
 
 
 def linear_adapters(model: GPT, rank: int, seed: int, skip: tuple[str, ...]) -> dict[str, nn.Parameter]:

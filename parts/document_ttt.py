@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.shards import BOS_ID
-from parts.adapters import DocumentAdapters, repeatable_gradients
+from parts.adapters import DocumentAdapters, RowAdamW, repeatable_gradients
 from parts.audit import NEVER, Ledger
 from train_gpt import GPT, DecodeState, EvalConfig, RunContext, sent
 
@@ -38,7 +38,7 @@ class Chunk:
     def __init__(self, trainer: DocumentTrainer, size: int, graphs: bool):
         self.trainer = trainer
         self.tokens = torch.zeros(trainer.lanes, size + 1, dtype=torch.int64, device=trainer.device)
-        self.goes_on = torch.zeros(trainer.lanes, device=trainer.device)  # 1.0 where a document has targets after the chunk
+        self.weights = torch.zeros(trainer.lanes, size, device=trainer.device)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(2)] if graphs else []
         if graphs:
             self._record()
@@ -62,18 +62,14 @@ class Chunk:
             self.logits = trainer.model(self.tokens[:, :-1], state=trainer.state)
 
     def _learn(self) -> None:
-        """A step on each document's mean loss over the chunk; those that have ended stay as they are. Documents share no parameter, so
-        that the gradient of the sum is each one's own."""
+        """A step on each document's weighted loss. Documents share no parameter, so that the gradient of the sum is each one's own."""
         trainer = self.trainer
         with torch.enable_grad():
             targets = self.tokens[:, 1:]
             nll = F.cross_entropy(self.logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-            gradients = torch.autograd.grad((nll.mean(1) * self.goes_on).sum(), trainer.params)
+            gradients = torch.autograd.grad((nll * self.weights).sum(), trainer.params)
         self.logits = self.logits.detach()
-        for param, gradient in zip(trainer.params, gradients):
-            param.grad = gradient.contiguous()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.optimizer.step([gradient.contiguous() for gradient in gradients])
 
     def read(self, tokens: Tensor) -> Tensor:
         """tokens [lanes, size + 1] -> logits float32 [lanes, size, V], which hold until the next chunk is read."""
@@ -81,33 +77,38 @@ class Chunk:
         self.graphs[0].replay() if self.graphs else self._read()
         return self.logits.detach()
 
-    def learn(self, goes_on: Tensor) -> None:
-        """goes_on: bool [lanes]."""
-        self.goes_on.copy_(goes_on)
+    def learn(self, learned: Tensor) -> None:
+        """learned: bool [lanes, 1 or size], the targets from which each lane's document learns: from their mean loss."""
+        self.weights.copy_(learned / learned.expand_as(self.weights).sum(1, keepdim=True).clamp_min(1))
         self.graphs[1].replay() if self.graphs else self._learn()
 
 
 class DocumentTrainer:
-    """The model on up to `lanes` documents at once."""
+    """The model on up to `lanes` documents at once (0: TTT_DOC_LANES).
 
-    def __init__(self, model: GPT, cfg: EvalConfig, seed: int, window: int, device: torch.device, graphs: bool = True):
+    one_document: all lanes begin one when `read` begins. Otherwise a lane's documents follow each other, and whoever reads them says with
+    `restart(rows)` where another begins.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        cfg: EvalConfig,
+        seed: int,
+        window: int,
+        device: torch.device,
+        graphs: bool = True,
+        lanes: int = 0,
+        one_document: bool = True,
+    ):
         self.model, self.cfg, self.device = model, cfg, device
-        self.lanes = cfg.ttt_doc_lanes or (64 if device.type == "cuda" else 8)
+        self.lanes = lanes or cfg.ttt_doc_lanes or (64 if device.type == "cuda" else 8)
         self.stages = cfg.document_chunks
         model.requires_grad_(False)
         self.adapters = DocumentAdapters(model, cfg.ttt_doc_sites.split(","), cfg.ttt_doc_rank, cfg.ttt_doc_alpha, self.lanes, seed)
         self.params = list(self.adapters.parameters())
-        # No momentum: what a chunk teaches acts on the next one at once.
-        self.optimizer = torch.optim.AdamW(
-            self.params,
-            lr=cfg.ttt_doc_lr,
-            betas=(0.0, cfg.ttt_doc_beta2),
-            eps=1e-10,
-            weight_decay=cfg.ttt_doc_wd,
-            fused=True,
-            capturable=device.type == "cuda",
-        )
-        self.state = DecodeState(self.lanes, window, max(size for size, _ in self.stages), device, one_document=True)
+        self.optimizer = RowAdamW(self.params, cfg.ttt_doc_lr, cfg.ttt_doc_beta2, cfg.ttt_doc_wd)
+        self.state = DecodeState(self.lanes, window, max(size for size, _ in self.stages), device, endless=True, one_document=one_document)
         self.graphs, self.pool = graphs and device.type == "cuda", None
         self.chunks: dict[int, Chunk] = {}
 
@@ -138,22 +139,23 @@ class DocumentTrainer:
         for row, document in zip(tokens, documents):
             row[: len(document)] = document
         lengths = lengths.to(self.device)
-        self._restart()
+        self.restart()
         first = 0
         while first < longest:
             chunk = self.chunks[self.chunk_size(first)]
             after = first + self.chunk_size(first)
             yield first, chunk.read(tokens[:, first : after + 1])
             if after < longest:
-                chunk.learn(lengths > after)
+                chunk.learn((lengths > after)[:, None])
             first = after
 
-    def _restart(self) -> None:
-        self.state.restart()
-        self.adapters.reset()
-        for slot in self.optimizer.state.values():
-            for value in slot.values():
-                value.zero_()
+    def restart(self, rows: Tensor | None = None) -> None:
+        """Other documents in all lanes, at position 0; or (int [n]) in some."""
+        if rows is None:
+            self.state.restart()
+        which = slice(None) if rows is None else rows
+        self.adapters.reset(which)
+        self.optimizer.reset(which)
 
 
 POOL = 16  # batches on each rank that are read ahead

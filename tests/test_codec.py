@@ -15,7 +15,7 @@ from conftest import ROOT, clean_environment
 from test_eval import byte_table, config, evaluator, randomized, stream
 
 import codec
-from codec import TOTAL, Channel, CodedText, Lockstep, Spelling, Streams, frequencies, transmit
+from codec import TOTAL, Channel, CodedText, DocumentLockstep, Lockstep, Spelling, Streams, frequencies, transmit
 from data.prepare import train_tokenizer
 from data.shards import BOS_ID, load_tokenizer, parse_tokenizer, tokenizer_hash
 from parts import packing
@@ -189,7 +189,8 @@ def lockstep(streams: Streams, **settings) -> Lockstep:
     cfg = config(**settings)
     model = randomized(cfg)
     model.looping = bool(cfg.model.num_loops)
-    return Lockstep(model, cfg, byte_table(), RunContext(), streams)
+    kind = DocumentLockstep if cfg.eval.ttt_mode == "document" else Lockstep
+    return kind(model, cfg, byte_table(), RunContext(), streams)
 
 
 def keep(rows: list):
@@ -233,7 +234,33 @@ def test_one_stream_scores_as_the_evaluation_does(chunk):
     assert bits * math.log(2) / (len(tokens) - 1) == pytest.approx(trace.val_loss, abs=1e-6)
 
 
+LEARNING = dict(ttt_mode="document", ttt_doc_chunks="8", ttt_doc_lr=0.03, ttt_doc_rank=4, ttt_doc_alpha=8.0, eval_seq_len=16, eval_stride=8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapted_streams_score_as_the_evaluation_does(kind):
+    """Documents that begin with a chunk score as in `eval_ttt.py`, which reads each by itself: windows, steps, a fresh start each, whatever
+    another stream holds."""
+    texts = [np.concatenate(([BOS_ID], 2 + documents(length, seed)[1:] % 29)) for seed, length in enumerate((24, 8, 40, 16, 32, 24))]
+    tokens = np.concatenate([*texts, [BOS_ID]])
+    settings = {**KINDS[kind], **LEARNING, "num_loops": 0, "experts": "", "ttt_doc_sites": "q,k,v,o,mlp,head"}
+    expected, still = (
+        evaluator(config(**{**settings, "ttt_doc_lr": rate})).run(torch.from_numpy(tokens.astype(np.int32))).ledger.nll.numpy()
+        for rate in (LEARNING["ttt_doc_lr"], 0.0)
+    )
+    assert np.abs(expected - still).max() > 0.01
+    for count in (1, 2):
+        streams, rows = Streams.cut(tokens, count), []
+        assert streams.targets.tolist() == ([144] if count == 1 else [71, 72])
+        table = streams.deal(tokens)
+        transmit(lockstep(streams, **settings), Channel(), table, keep(rows), lambda count: None)
+        for number, (targets, first) in enumerate(zip(streams.targets, (0, 72))):
+            found = [-math.log(rows[t][number, table[number, t]]) for t in range(targets)]
+            assert np.abs(found - expected[first : first + targets]).max() < 1e-4
+
+
 FORMS = {
+    "TTT by document": (4, dict(LEARNING, experts="tilt,calibration")),
     "model": (4, dict(ttt_mode="off")),
     "by document": (4, dict(ttt_mode="off", eval_by_document=True)),
     "TTT": (4, dict(ttt_chunk_tokens=32)),
@@ -250,7 +277,7 @@ def test_what_is_written_is_read(form):
     count, settings = FORMS[form]
     tokens = documents(50 if count == 1 else 100, seed=4)
     streams = Streams.cut(tokens, count)
-    settings, steps = dict(eval_seq_len=16, eval_stride=6, **settings), []
+    settings, steps = {"eval_seq_len": 16, "eval_stride": 6, **settings}, []
     writer = Channel()
     known = streams.deal(tokens)
     _, bits = transmit(lockstep(streams, **settings), writer, known, keep(steps), lambda count: None)
@@ -286,9 +313,12 @@ def test_documents_scored_from_their_own_first_token_do_not_see_each_other():
     assert all(same[second:]) and not any(same[1 : second - 1])
 
 
-def test_forgetting_at_document_starts_is_refused():
-    with pytest.raises(UserError, match="TTT_RESET_PER_DOC"):
-        lockstep(Streams.cut(documents(40), 2), ttt_reset_per_doc=True)
+@pytest.mark.parametrize(
+    "settings,match", [(dict(ttt_reset_per_doc=True), "TTT_RESET_PER_DOC"), ({**LEARNING, "ttt_doc_chunks": "8@16,16"}, "one length")]
+)
+def test_what_streams_in_step_cannot_do_is_refused(settings, match):
+    with pytest.raises(UserError, match=match):
+        lockstep(Streams.cut(documents(40), 2), **settings)
 
 
 # ---- files ----

@@ -125,7 +125,7 @@ def test_a_loop_over_single_documents_agrees(model):
         net.before_layer = lambda call, block, calls=calls: [setattr(*place) for place in calls[call]]
         params = [p for lora in loras for p in lora.parameters()]
         squares, steps = [torch.zeros_like(p) for p in params], 0
-        state, first = DecodeState(1, 24, 24, one_document=True), 0
+        state, first = DecodeState(1, 24, 24, endless=True, one_document=True), 0
         ids = torch.cat([document, tokens[:1]]).long()[None]  # every document but the last ends with a BOS
         last = len(losses) + len(document) >= len(tokens)
         targets = len(document) - last
@@ -203,14 +203,14 @@ class LearnsFirst(DocumentTrainer):
         for row, document in zip(tokens, documents):
             row[: len(document)] = document
         self.prepare()
-        self._restart()
+        self.restart()
         first = 0
         while first < int(lengths.max()):
             chunk = self.chunks[self.chunk_size(first)]
             after = first + self.chunk_size(first)
             before = self.state.clone()
             chunk.read(tokens[:, first : after + 1])
-            chunk.learn(torch.ones(self.lanes, dtype=torch.bool))
+            chunk.learn(torch.ones(self.lanes, 1, dtype=torch.bool))
             self.state = before
             yield first, chunk.read(tokens[:, first : after + 1])
             first = after
@@ -219,9 +219,9 @@ class LearnsFirst(DocumentTrainer):
 class Remembers(DocumentTrainer):
     """Keeps what earlier documents in the same lane taught."""
 
-    def _restart(self):
-        reset, self.adapters.reset = self.adapters.reset, lambda: None
-        super()._restart()
+    def restart(self, rows=None):
+        reset, self.adapters.reset = self.adapters.reset, lambda rows: None
+        super().restart(rows)
         self.adapters.reset = reset
 
 
