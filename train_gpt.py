@@ -68,6 +68,7 @@ from parts import kernels
 from parts.files import UserError, atomic_write, cli, fault_line, flush_stdout, lost_rank, one_line, read_json, write_json
 from parts.progress import Progress, duration, quantity
 from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, print_line, run_lock, start_mirrors
+from parts.sandbox import COMPILERS
 
 SIZE_LIMIT_BYTES = 16_000_000  # the challenge's cap: decimal megabytes, code included
 Result = TypeVar("Result")
@@ -837,12 +838,9 @@ class RunContext:
 def keep_compiled(folder: str) -> None:
     """Every compiler's cache goes under `folder` (CACHE_DIR), unless its own variable says otherwise."""
     if folder:
-        for variable, name in _COMPILERS.items():
+        for variable, name in COMPILERS.items():
             os.environ.setdefault(variable, str(Path(folder).absolute() / name))
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # flash-attn-4 keeps nothing unless asked
-
-
-_COMPILERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attn"}
 
 
 def setup_distributed(device: str = "auto", cache_dir: str = "") -> RunContext:

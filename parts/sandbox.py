@@ -33,15 +33,14 @@ IOCTL_FREE = 3  # the newest of them that says anything about files we restrict
 CONNECT_AND_BIND_TCP = 0b11  # since ABI 4
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 NO_NEW_PRIVS, CLONE_NEWUSER, CLONE_NEWNET, NOBODY = 38, 0x10000000, 0x40000000, 65534
-CACHES = (
-    "HOME",
-    "TMPDIR",
-    "XDG_CACHE_HOME",
-    "TRITON_CACHE_DIR",
-    "TORCHINDUCTOR_CACHE_DIR",
-    "CUDA_CACHE_PATH",
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
-)
+# Where each compiler keeps what it made, and the name of that folder under CACHE_DIR. Triton's holds what fla's autotuners found, too.
+COMPILERS = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "TILELANG_CACHE_DIR": "tilelang",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attn",
+}
+CACHES = ("HOME", "TMPDIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH", *COMPILERS)
 DEVICES = ("null", "zero", "full", "random", "urandom", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-caps")
 
 

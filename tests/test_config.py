@@ -1,7 +1,9 @@
 """Settings: resolution, checks, presets."""
 
 import dataclasses
+import os
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -10,6 +12,7 @@ import codec
 import eval_ttt
 import quantize
 import train_gpt as T
+from parts.sandbox import own_caches
 
 PRESETS = sorted(path.parent.name for path in (ROOT / "records").glob("*/config.env"))
 
@@ -308,6 +311,21 @@ def test_attention_plan_says_why_not():
     for backend in ("fa3", "cudnn"):
         with pytest.raises(T.UserError, match=f"ATTENTION_BACKEND={backend}"):
             T.plan_kernels(cfg.replace(attention_backend=backend), cpu, False)
+
+
+def test_every_compiler_keeps_its_work_in_one_folder(monkeypatch, tmp_path):
+    """CACHE_DIR, or a variable that was set for one of them; whoever is shut off from both keeps to the folder it may write to."""
+
+    def caches(**environment: str) -> dict[str, str]:
+        monkeypatch.setattr(os, "environ", environment)
+        T.keep_compiled(str(tmp_path / "cache"))
+        return {name: value for name, value in os.environ.items() if name.endswith("_CACHE_DIR")}
+
+    kept = caches(TRITON_CACHE_DIR="elsewhere")
+    assert kept.keys() >= {"TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"}
+    assert kept.pop("TRITON_CACHE_DIR") == "elsewhere" and all(Path(path).parent == tmp_path / "cache" for path in kept.values())
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1", "it keeps nothing unless asked"
+    assert set(caches(**own_caches("scratch")).values()) == {"scratch"}
 
 
 def test_gdn_backend_on_the_cpu():
