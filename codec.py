@@ -52,7 +52,6 @@ from data import case_ops
 from data.shards import BOS_ID, SPACE, ByteTable, list_shards, load_tokenizer, tokenizer_hash
 from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, repeatable_gradients
 from parts import packing
-from parts.adapters import repeatable_gradients
 from parts.artifact import load_artifact
 from parts.document_ttt import DocumentTrainer
 from parts.experts import ExpertMixture
