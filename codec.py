@@ -18,7 +18,7 @@ of every stream. Windows are those of `plan_windows` in each stream. Weights tra
 where P·n and P·m are as near to TTT_CHUNK_TOKENS and EXPERT_BLOCK_TOKENS as whole steps (n: whole strides) allow. With TTT_MODE=document each
 stream has adapters, which begin anew with a document and learn every TTT_DOC_CHUNKS steps; no window is read again.
 
-Both directions must find the same probabilities to the last bit, so they run the same plain kernels on the same shapes, uncompiled, with
+Both directions must find the same probabilities to the last bit, so they run the same kernels on the same shapes, uncompiled, with
 deterministic gradients, and the file says on what it was written. A CPU's file decodes wherever the same build of torch runs on a CPU of the
 same instruction set; a GPU's on the same kind of GPU. Anything else is refused before the first token.
 """
@@ -50,8 +50,9 @@ from torch import Tensor
 
 from data import case_ops
 from data.shards import BOS_ID, SPACE, ByteTable, list_shards, load_tokenizer, tokenizer_hash
-from eval_ttt import Chunk, TestTimeTrainer, chunk_lr, repeatable_gradients
-from parts import packing
+from eval_ttt import Chunk, TestTimeTrainer, chunk_lr
+from parts import kernels, packing
+from parts.adapters import repeatable_gradients
 from parts.artifact import load_artifact
 from parts.document_ttt import DocumentTrainer
 from parts.experts import ExpertMixture
@@ -361,12 +362,14 @@ def model_config(cfg: Config) -> ModelConfig:
 
 
 def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
-    """The plain ones: kernels that choose a variant by timing it would not choose the same one twice. Masks by document have theirs."""
+    """The fused ones and, where documents are masked, their attention; plain ones else: no kernel that chooses a variant by timing it, which would not
+    be the same one twice."""
     model = model_config(cfg)
+    fused = cfg.run.fused_kernels != "0" and not kernels.missing_triton(device)
     if not model.document_mask:
-        return Kernels()
+        return Kernels(fused=fused)
     plan = plan_kernels(dataclasses.replace(cfg, model=model), device, compiled=False)
-    return Kernels(full=plan.full, windowed=plan.windowed)
+    return Kernels(plan.full, plan.windowed, fused)
 
 
 class Lockstep:
@@ -400,12 +403,22 @@ class Lockstep:
         experts = dataclasses.replace(cfg.eval, expert_report=False)
         self.mixture = ExpertMixture(experts, cfg.model.vocab_size, self.device) if experts.expert_names else None
         self.block_steps = max(1, round(cfg.eval.expert_block_tokens / rows))
-        self.block: list[Tensor] = []  # logits [P, V] of the steps not counted yet
+        self.block: list[tuple[Tensor, Tensor, Tensor]] = []  # logits [P, V], contexts and their nodes of the steps not counted yet
         capacity = min(self.window, max(self.steps, 4))  # 4: what `Graphed` rehearses and records
         self.state = DecodeState(rows, capacity, device=self.device)
         self.start = -1  # of the window that the state holds
         self.input = torch.full((rows, 1), BOS_ID, dtype=torch.int64, device=self.device)
         self.step: Graphed | None = None
+
+    def lines(self) -> list[str]:
+        """What runs here, for the log."""
+        cfg, many = self.cfg.eval, f"{int(self.targets.sum()):,} tokens in {len(self.targets)} streams of {self.steps:,} at most"
+        window = f"window {self.window}" + (f", stride {self.stride}" if cfg.ttt_mode != "document" else "")
+        trained = f" every {self.chunk_steps} steps" if self.trainer else ""
+        return [
+            f"{many} on {self.device.type}: {window}, TTT_MODE={cfg.ttt_mode}{trained}, EXPERTS={cfg.experts or 'none'}",
+            *self.model.kernels.lines(reasons=False),
+        ]
 
     # -- predicting --
 
@@ -421,8 +434,9 @@ class Lockstep:
             return logits.double().softmax(-1)
         if t % self.block_steps == 0:
             self.block = []
-        self.block.append(logits.clone())
-        return self.mixture.predict(logits, self._contexts(t)).distribution().double()
+        prediction = self.mixture.predict(logits, self._contexts(t))
+        self.block.append((logits.clone(), prediction.block_contexts, prediction.block_nodes))
+        return prediction.distribution().double()
 
     def _logits(self, t: int) -> Tensor:
         start = self.window_start(t)
@@ -473,12 +487,11 @@ class Lockstep:
     def _count(self, t: int) -> None:
         """Let the experts learn from the block that ends with target t, in the order in which it was coded."""
         steps = range(t + 1 - len(self.block), t + 1)
-        live = torch.cat([self.lengths > step for step in steps])
-        contexts = torch.cat([self._contexts(step) for step in steps])[live]
+        live = torch.from_numpy(np.flatnonzero(np.concatenate([self.targets > step for step in steps]))).to(self.device)
+        logits, contexts, nodes = (torch.cat(parts)[live] for parts in zip(*self.block))
         targets = self.tokens[:, steps.start + 1 : t + 2].T.flatten()[live]
-        prediction = self.mixture.predict(torch.cat(self.block)[live], contexts)
-        with repeatable_gradients(self.device):  # sums over positions are scattered, too
-            self.mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))
+        prediction = self.mixture.predict(logits, contexts, nodes=nodes)
+        self.mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))
 
     def _train(self, end: int) -> None:
         """Train on every stream's targets end - chunk_steps … end - 1."""
@@ -573,7 +586,7 @@ def transmit(
 # The file: magic, hashes of artifact and tokenizer, header, range coder's words, hash of the text, hash of the file
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAGIC = b"golfzip1"
+MAGIC = b"golfzip2"
 _FIXED = struct.Struct("<8s32s32sI")  # magic, artifact, tokenizer, length of the header
 _DIGEST = 16  # bytes of the file's own sha256 that are kept
 # Settings that say where things are or how they are reported; all others may move a probability and are kept in the file.
@@ -600,7 +613,7 @@ class CodedText:
     def unpack(cls, data: bytes, label: str) -> CodedText:
         """Raises UserError for what `pack` has not made, or what is not whole any more."""
         if not data.startswith(MAGIC):
-            raise UserError(f"{label} was not written by `codec.py compress`")
+            raise UserError(f"{label} was not written by this version's `codec.py compress`")
         body, digest = data[:-_DIGEST], data[-_DIGEST:]
         if hashlib.sha256(body).digest()[:_DIGEST] != digest:
             raise UserError(f"{label} is damaged or cut off: its checksum does not fit")
@@ -615,9 +628,10 @@ class CodedText:
 
 def machine(cfg: Config, device: torch.device) -> dict:
     """What decides the last bit of a probability, beside the code."""
-    kernels = choose_kernels(cfg, device)
-    facts = {"torch": torch.__version__, "attention": f"{kernels.full}, {kernels.windowed}"}
+    chosen = choose_kernels(cfg, device)
+    facts = {"torch": torch.__version__, "attention": f"{chosen.full}, {chosen.windowed}"}
     if device.type == "cuda":
+        facts["triton"] = kernels.triton.__version__ if chosen.fused else "none"
         return facts | {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return facts | {"device": f"cpu ({torch.backends.cpu.get_cpu_capability()})", "threads": torch.get_num_threads()}
 
@@ -626,7 +640,7 @@ class Session:
     """An artifact opened for coding on one device, with the settings of a file or, to write one, of the environment."""
 
     def __init__(self, path: Path, device: str, coded: CodedText | None = None):
-        self.ctx = setup_distributed(device)
+        self.ctx, self.task = setup_distributed(device), "decompressing" if coded else "compressing"
         if self.ctx.world_size > 1:
             raise UserError("the codec runs in one process: start it without torchrun")
         if self.ctx.device.type == "cuda":
@@ -646,7 +660,11 @@ class Session:
 
     def lockstep(self, streams: Streams) -> Lockstep:
         kind = DocumentLockstep if self.cfg.eval.ttt_mode == "document" else Lockstep
-        return kind(self.model, self.cfg, self.byte_table, self.ctx, streams)
+        lockstep = kind(self.model, self.cfg, self.byte_table, self.ctx, streams)
+        first, *others = lockstep.lines()
+        for line in (f"{self.task} {first}", *others):
+            self.ctx.log(line)
+        return lockstep
 
 
 def probed(t: int, lockstep: Lockstep) -> bool:
@@ -671,7 +689,7 @@ def compress(path: Path, source: Path, target: Path) -> dict:
     lockstep, channel, probes = session.lockstep(streams), Channel(), []
     streams.write(channel)
     began = time.perf_counter()
-    with session.ctx.progress("compressing", int(streams.targets.sum())) as progress:
+    with session.ctx.progress(session.task, int(streams.targets.sum())) as progress:
         probe = lambda t, probs: probes.append(checksum(probs)) if probed(t, lockstep) else None
         _, cost = transmit(lockstep, channel, streams.deal(tokens), probe, progress)
     seconds = time.perf_counter() - began
@@ -730,7 +748,7 @@ def decompress(source: Path, target: Path, path: Path | None) -> dict:
                 raise UserError(f"{source}: other probabilities at step {t} than when it was written: other code or another machine")
 
         began = time.perf_counter()
-        with session.ctx.progress("decompressing", int(streams.targets.sum())) as progress:
+        with session.ctx.progress(session.task, int(streams.targets.sum())) as progress:
             table, _ = transmit(lockstep, channel, None, probe, progress)
         seconds = time.perf_counter() - began
         data = join_documents(split_tokens(streams.collect(table), session.spelling), header["layout"])

@@ -248,6 +248,9 @@ class TestTimeTrainer:
             weights = weights * (index[:, None] < lengths[:, None]).flatten(0, 1)
         if cfg.ttt_byte_weighted:
             weights = weights * self.byte_table.count(inputs, targets).float()
+        # What is context alone in every sequence needs no head: with streams side by side that is three quarters.
+        scored = size - min(begin - start for start, begin in windows) if len(streams) > 1 else size
+        targets, weights = targets[:, -scored:], weights[:, -scored:]
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["multiple"]
         healthy = torch.ones((), device=ctx.device, dtype=torch.bool)
@@ -273,7 +276,8 @@ class TestTimeTrainer:
                 fill = micro - len(x)
                 x, y = (torch.cat((t, t[-1:].expand(fill, -1))) for t in (x, y))
                 w = torch.cat((w, torch.zeros_like(w[-1:]).expand(fill, -1)))
-            (self.forward(x, y, reduction="none") * w).sum().backward()
+            score_last = y.size(1) % x.size(1)  # 0: all
+            (self.forward(x, y, reduction="none", score_last=score_last) * w).sum().backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         flat = self.ctx.all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
         norm = flat.norm()

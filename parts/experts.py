@@ -27,6 +27,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from parts.adapters import repeatable_gradients
 from train_gpt import ExpertConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,7 +403,8 @@ class ContextMixer:
     def update(self, log_probs: Tensor, bins: Tensor) -> None:
         """`log_probs` [G, n, E]: what each member gave the scored targets."""
         posterior = (self._table()[:, bins].log() + log_probs.double()).softmax(2)
-        self.responsibility.mul_(self.decay).index_add_(1, bins, posterior)
+        with repeatable_gradients(bins.device):  # the one scatter of the experts that adds fractions: whole numbers add up in any order
+            self.responsibility.mul_(self.decay).index_add_(1, bins, posterior)
 
 
 MIXERS = ("context", "hedge", "fixed_share")
@@ -568,12 +570,13 @@ class ExpertMixture:
         return bias.clamp(-cfg.calibration_clamp, cfg.calibration_clamp).float()
 
     @torch.no_grad()
-    def predict(self, logits: Tensor, contexts: Tensor, rows: Tensor | None = None) -> Prediction:
+    def predict(self, logits: Tensor, contexts: Tensor, rows: Tensor | None = None, nodes: Tensor | None = None) -> Prediction:
         """The distribution at the positions of a block, from neural logits [n, V] and context rows [n, K-1]. Changes nothing.
 
-        With several ranks each predicts a share: `rows` [r] says which positions of the block its logits [r, V] are of.
+        With several ranks each predicts a share: `rows` [r] says which positions of the block its logits [r, V] are of. `nodes`: those of the
+        contexts, if the caller has them since the last update.
         """
-        return Prediction(self, logits, contexts, rows)
+        return Prediction(self, logits, contexts, rows, nodes)
 
     @torch.no_grad()
     def update(self, prediction: Prediction, targets: Tensor, record: Tensor, statistics: Tensor) -> None:
@@ -606,11 +609,11 @@ class Prediction:
     `probs(candidates)` is the one way to its values: scoring asks it for the targets, the audit for the whole vocabulary.
     """
 
-    def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor, rows: Tensor | None = None):
+    def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor, rows: Tensor | None, nodes: Tensor | None):
         cfg, history = mixture.cfg, mixture.history
         self.mixture = mixture
         self.updates_before = mixture.updates
-        self.block_contexts, self.block_nodes = contexts, history.nodes(contexts)
+        self.block_contexts, self.block_nodes = contexts, history.nodes(contexts) if nodes is None else nodes
         self.nodes = self.block_nodes if rows is None else self.block_nodes[rows]
         log_p = logits.float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)

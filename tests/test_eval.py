@@ -212,6 +212,22 @@ def test_byte_weights_and_masks_weigh_each_target_once_an_epoch():
         assert torch.allclose(old - param.detach(), grad, atol=1e-5, rtol=1e-4)
 
 
+def test_streams_side_by_side_learn_from_the_chunk_alone():
+    """The step over a chunk of several streams is that of the mean over its targets, as far as a stream has them; the rest is context."""
+    cfg = config(ttt_epochs=1, ttt_momentum=0.0, ttt_grad_clip=0.0, layer_pattern="T", ttt_seq_len=24)
+    tested = evaluator(cfg)
+    tokens, lengths = stream(180).view(3, 60), torch.tensor([59, 45, 30])
+    before = [param.detach().clone() for param in tested.trainer.params]
+    inputs, targets = tokens[:, 26:50].long(), tokens[:, 27:51].long()  # targets 40 … 49, and 14 before them
+    nll = tested.forward.forward(inputs, targets, reduction="none")
+    torch.cat((nll[0, 14:], nll[1, 14:19])).mean().backward()
+    want = [param.grad.clone() for param in tested.trainer.params]
+    tested.trainer.optimizer.zero_grad()
+    tested.trainer.learn(tokens, Chunk(40, 50), lr=1.0, lengths=lengths)
+    for param, old, grad in zip(tested.trainer.params, before, want):
+        assert torch.allclose(old - param.detach(), grad, atol=1e-5, rtol=1e-4)
+
+
 def test_a_step_is_no_longer_than_the_clip_allows():
     cfg = config(ttt_epochs=1, ttt_batch_seqs=50, ttt_momentum=0.0, ttt_nesterov=False, ttt_grad_clip=1e-3)
     trainer = evaluator(cfg).trainer
