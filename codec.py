@@ -230,17 +230,17 @@ class Streams:
 
     @classmethod
     def cut(cls, tokens: np.ndarray, count: int) -> Streams:
-        """At the document start nearest to each equal part's edge, if one is within a tenth of a part, else at the edge."""
+        """What is left in equal parts, again and again; each cut at the document start nearest to its edge, if one is within a seventh of a part."""
         if not len(tokens):
             return cls(np.zeros(1, np.int64), np.zeros(1, bool))
         size = len(tokens) / count
         documents, cuts = np.flatnonzero(tokens == BOS_ID), [0]
         for number in range(1, count):
-            edge = round(number * size)
+            edge = round(cuts[-1] + (len(tokens) - cuts[-1]) / (count - number + 1))
             place = np.searchsorted(documents, edge)
             near = documents[max(place - 1, 0) : place + 1]
             nearest = near[np.abs(near - edge).argmin()] if len(near) else edge
-            cuts.append(int(nearest if abs(nearest - edge) <= size / 10 else edge))
+            cuts.append(int(nearest if abs(nearest - edge) <= size / 7 else edge))
         lengths = np.diff([*cuts, len(tokens)])
         begins = tokens[cuts] == BOS_ID
         return cls(lengths - begins, begins)

@@ -124,8 +124,8 @@ def test_streams_give_the_tokens_back(count):
 def test_streams_begin_with_a_document_where_one_is_near():
     tokens = np.full(1000, 9, np.int64)
     tokens[[0, 240, 505, 900]] = BOS_ID
-    streams = Streams.cut(tokens, 4)  # equal parts end at 250, 500 and 750: the last has no document within a tenth of a part
-    assert (streams.targets + streams.begins).tolist() == [240, 265, 245, 250] and streams.begins.tolist() == [True, True, True, False]
+    streams = Streams.cut(tokens, 4)  # edges at 250, 493 and 752: the last has no document within a seventh of a part
+    assert (streams.targets + streams.begins).tolist() == [240, 265, 247, 248] and streams.begins.tolist() == [True, True, True, False]
 
 
 # ---- frequencies and coder ----
