@@ -21,6 +21,7 @@ Shapes: M tokens, C model width, N hidden width, V vocabulary, H query heads, K 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,19 @@ def missing(load: Callable[[], object]) -> str:
     except Exception as error:
         return one_line(error) or type(error).__name__
     return ""
+
+
+def compile_together(kernel) -> None:
+    """Let an autotuned Triton kernel compile its configurations in threads before it times them, which it else does one after the other: on
+    a machine with cores to spare a tuning takes what its slowest configuration takes. The outcome is the same."""
+
+    def prune(configs: list, arguments: dict, warmup: bool = False, **options) -> list:
+        with ThreadPoolExecutor(len(configs)) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+            for config in configs:  # one that does not compile fails again where it is timed, and is passed over there
+                kernel.fn.warmup(**arguments, **options, **config.all_kwargs())
+        return configs
+
+    kernel.early_config_prune = prune  # what an autotuner asks once a tuning, with the arguments of the call
 
 
 def missing_triton(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """The Triton kernels against their plain twins: outputs and every gradient at odd sizes. Without a GPU they run under Triton's interpreter."""
 
 import dataclasses
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import TINY
 import train_gpt as T
 from parts import kernels
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXACT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the interpreter's dot takes no bfloat16
 
@@ -219,3 +220,30 @@ def test_document_boundaries():
     begins[0, 4] = begins[1, 0] = begins[1, 1] = True
     assert kernels.document_boundaries(begins, bucket=4).tolist() == [0, 4, 6, 7, 12, 12, 12, 12]
     assert kernels.document_boundaries(begins[:1], bucket=4).tolist() == [0, 4, 6, 6]
+
+
+def test_an_autotuner_compiles_its_configurations_together():
+    """Each waits until all are being compiled; then they are timed one by one and the fastest runs, as ever."""
+    all_at_once, compiled, ran = threading.Barrier(3), [], []
+
+    class Kernel:
+        fn = staticmethod(lambda x, BLOCK: None)
+
+        def warmup(self, *, grid, x, BLOCK, num_warps, num_ctas, num_stages):
+            mode = triton.runtime._async_compile.active_mode.get()
+            mode.submit(BLOCK, lambda: all_at_once.wait(5), lambda kernel: compiled.append(BLOCK))
+
+        def run(self, *, grid, warmup, x, BLOCK, **how):
+            assert sorted(compiled) == [16, 32, 64] and not warmup
+            ran.append(BLOCK)
+
+    def timed(call, quantiles):
+        call()
+        return [abs(ran[-1] - 32.0)] * 3
+
+    configs = [triton.Config({"BLOCK": block}) for block in (16, 32, 64)]
+    tuner = triton.runtime.autotuner.Autotuner(Kernel(), ["x", "BLOCK"], configs, ["x"], None, None, do_bench=timed)
+    kernels.compile_together(tuner)
+    for _ in range(2):
+        tuner.run(grid=(1,), warmup=False, x=3)
+    assert ran == [16, 32, 64, 32, 32]
