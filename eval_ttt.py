@@ -182,10 +182,11 @@ class TestTimeTrainer:
         self.params = [param for param, _ in chosen.values()]
         self.multiples = [multiple for _, multiple in chosen.values()]
         self.initial = [param.detach().clone() for param in self.params]
-        # Sequences a forward on this rank: a step's share, in micro-batches that fit the device.
-        share = -(-min(cfg.ttt_batch_seqs, -(-cfg.ttt_chunk_tokens // seq_len)) // ctx.world_size)
-        self.micro = max(1, min(share, (65536 if ctx.device.type == "cuda" else 8192) // seq_len))
-        self.one_shape = forward is not model  # compiled: short micro-batches are filled up with sequences that weigh nothing
+        # Tokens a forward: what fits the device. Compiled, it sees one shape, of which sequences that weigh nothing fill what a step's share leaves.
+        self.micro_tokens, self.one_shape = 65536 if ctx.device.type == "cuda" else 8192, forward is not model
+        if self.one_shape:
+            share = -(-min(cfg.ttt_batch_seqs, -(-cfg.ttt_chunk_tokens // seq_len)) // ctx.world_size)
+            self.micro_tokens = seq_len * max(1, min(share, self.micro_tokens // seq_len))
         self.reset()
 
     def reset(self) -> None:
@@ -269,7 +270,7 @@ class TestTimeTrainer:
 
     def _step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """One optimizer step on this rank's share of a batch (weights sum to 1 over all ranks). Returns whether it was finite."""
-        micro = self.micro * self.seq_len // inputs.size(1)
+        micro = max(1, self.micro_tokens // inputs.size(1))
         for start in range(0, len(inputs), micro):
             x, y, w = (t[start : start + micro] for t in (inputs, targets, weights))
             if self.one_shape and len(x) < micro:
