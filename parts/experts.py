@@ -648,7 +648,7 @@ class Prediction:
         return bins
 
     def member_probs(self, candidates: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Every member's probabilities [n, m, E] of candidate tokens [n, m], or of all (None), at the (selected) positions."""
+        """Every member's probabilities [n, E, m] of candidate tokens [n, m], or of all (None), at the (selected) positions."""
         mixture, cfg = self.mixture, self.mixture.cfg
 
         def of(log_p: Tensor) -> Tensor:
@@ -673,11 +673,11 @@ class Prediction:
                 columns["cache"] = (1 - alpha) * neural + alpha * slices[:, last]
             for k, name in enumerate(("unigram", "bigram", "trigram")):
                 columns[name] = slices[:, min(k, last)]
-        return torch.stack([columns[name] for name in mixture.members], dim=-1)
+        return torch.stack([columns[name] for name in mixture.members], dim=1)
 
     def probs(self, candidates: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
         """Final probabilities [n, m] of candidate tokens [n, m], or of all (None), at the (selected) positions."""
-        return (self.member_probs(candidates, rows) * self.weights[rows][:, None, :]).sum(-1)
+        return (self.member_probs(candidates, rows) * self.weights[rows][:, :, None]).sum(1)
 
     def distribution(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """The full distribution [n, V] at the (selected) positions: `probs` of every token."""
@@ -699,7 +699,7 @@ class Prediction:
         ladder = [log_p.gather(1, picked).squeeze(1) for log_p in self.ladder]
         if len(self.mixture.members) == 1:  # nothing is mixed: what the model says, not a logarithm of its exponential
             return torch.stack([ladder[-1], *ladder, ladder[-1], self.bins], dim=1).double()
-        members = self.member_probs(picked).squeeze(1)
+        members = self.member_probs(picked).squeeze(2)
         final = (members * self.weights).sum(-1)
         logs = [final.log(), *ladder, *members.log().unbind(-1)]
         if self.mixture.pair_mixer:
