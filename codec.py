@@ -587,7 +587,8 @@ def transmit(
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAGIC = b"golfzip2"
-_FIXED = struct.Struct("<8s32s32sI")  # magic, artifact, tokenizer, length of the header
+_NAME = 16  # bytes of sha256 by which artifact and tokenizer are known
+_FIXED = struct.Struct("<8s16s16sI")  # magic, artifact, tokenizer, length of the header
 _DIGEST = 16  # bytes of the file's own sha256 that are kept
 # Settings that say where things are or how they are reported; all others may move a probability and are kept in the file.
 _ELSEWHERE = ("data_path", "tokenizer_path", "runs_dir", "run_id", "device", "compile", "resume", "codec_streams")
@@ -597,7 +598,7 @@ _ELSEWHERE = ("data_path", "tokenizer_path", "runs_dir", "run_id", "device", "co
 class CodedText:
     """A compressed file's contents. `header` is JSON: streams, settings that differ from the artifact's, machine, layout, probes."""
 
-    artifact: bytes  # sha256
+    artifact: bytes  # the front half of its sha256
     tokenizer: bytes
     header: dict
     words: np.ndarray  # uint32 [n]
@@ -654,8 +655,8 @@ class Session:
         self.cfg, self.model = cfg, artifact.model
         tokenizer = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size)
         self.spelling, self.byte_table = Spelling(tokenizer), ByteTable.from_tokenizer(tokenizer)
-        self.artifact_hash = bytes.fromhex(sha256_file(path))
-        self.tokenizer_hash = bytes.fromhex(tokenizer_hash(cfg.run.tokenizer_path))
+        self.artifact_hash = bytes.fromhex(sha256_file(path))[:_NAME]
+        self.tokenizer_hash = bytes.fromhex(tokenizer_hash(cfg.run.tokenizer_path))[:_NAME]
         self.machine = machine(cfg, self.ctx.device)
 
     def lockstep(self, streams: Streams) -> Lockstep:
@@ -767,13 +768,13 @@ def split_tokens(tokens: np.ndarray, spelling: Spelling) -> list[bytes]:
     return [spelling.decode(document[1:].tolist()) for document in np.split(tokens, starts)[1:]]
 
 
-def find_artifact(sha256: bytes, source: Path) -> Path:
-    """The artifact of that hash, near the file or in RUNS_DIR."""
+def find_artifact(name: bytes, source: Path) -> Path:
+    """The artifact whose sha256 begins so, near the file or in RUNS_DIR."""
     runs = Path(resolve_config(os.environ).run.runs_dir)
     for path in [*source.resolve().parent.glob("*.bin"), *runs.glob("*/artifact.bin")]:
-        if path.is_file() and bytes.fromhex(sha256_file(path)) == sha256:
+        if path.is_file() and bytes.fromhex(sha256_file(path)).startswith(name):
             return path
-    raise UserError(f"no artifact of sha256 {sha256.hex()} beside {source} or in {runs}/: name it with --artifact")
+    raise UserError(f"no artifact of sha256 {name.hex()}… beside {source} or in {runs}/: name it with --artifact")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
