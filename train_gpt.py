@@ -278,6 +278,9 @@ class TrainConfig(Part):
     gptq_reserve_seconds: float = setting(0.0, "part of the budget kept back for calibration", low=0)
     train_seq_len: int = setting(1024, "tokens a sequence", low=2)
     train_seq_schedule: str = setting("", "shorter sequences first, length@fraction of the budget until which, e.g. 1024@0.1,2048@0.7")
+    train_places: int = setting(
+        1, "places of the training text that a step reads at, by turns of TRAIN_SEQ_LEN tokens: more documents a step", low=1
+    )
     train_row_tokens: int = setting(
         0,
         "tokens a row of whole documents, a rank's share of a step at most, cut only every TRAIN_SEQ_LEN tokens; 0: rows of TRAIN_SEQ_LEN, cut anywhere",
@@ -905,9 +908,14 @@ class TokenStream:
 
     A step's sequences are the same whatever the number of ranks (as long as each gets a whole row) and micro-batches, and its
     place in the stream is one integer (`position`, in tokens since the start), so a resumed run reads exactly what the unbroken one would have read.
+
+    places > 1: it takes turns at so many places of the text, equally far apart, `turn` tokens each, of which the first becomes a BOS: what a turn
+    begins with has nothing before it. A step then sees more documents; neighbouring tokens say much the same to a gradient.
     """
 
-    def __init__(self, data_path: str | Path, vocab_size: int, split: str = "train"):
+    places, turn = 1, 0
+
+    def __init__(self, data_path: str | Path, vocab_size: int, split: str = "train", places: int = 1, turn: int = 0):
         assert split == "train", "only training shards may reach the weights"
         self.paths = list_shards(data_path, split)
         self.starts = np.cumsum([0] + [len(load_shard(path)) for path in self.paths])
@@ -916,6 +924,9 @@ class TokenStream:
         self.files = [open(path, "rb", buffering=0) for path in self.paths]
         self.vocab_size = vocab_size
         self.position = 0
+        self.places, self.turn = places, turn
+        if places > 1 and self.total_tokens // places < turn:
+            raise UserError(f"TRAIN_PLACES={places}: {self.total_tokens:,} training tokens are fewer than {turn} for each")
 
     @property
     def total_tokens(self) -> int:
@@ -944,18 +955,35 @@ class TokenStream:
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces)
 
+    def _pairs(self, first: int, count: int) -> np.ndarray:
+        """Inputs and targets int64 [2, count] of positions first … first+count−1."""
+        if self.places == 1:
+            flat = self.read(first, count + 1).astype(np.int64)
+            return np.stack((flat[:-1], flat[1:]))
+        parts, apart = [], self.total_tokens // self.places
+        while count:
+            number, begun = divmod(first, self.turn)
+            length = min(count, self.turn - begun)
+            start = number % self.places * apart + number // self.places * self.turn % apart + begun
+            flat = self.read(start, length + 1).astype(np.int64)
+            parts.append(np.stack((flat[:-1], flat[1:])))
+            if not begun:
+                parts[-1][0, 0] = BOS_ID
+            first, count = first + length, count - length
+        return np.concatenate(parts, 1)
+
     def sequences(self, first: int, count: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets int64 [count, seq_len] of the step's sequences first, first+1, …"""
-        flat = self.read(self.position + first * seq_len, count * seq_len + 1)
-        tokens = torch.from_numpy(flat.astype(np.int64))
+        pairs = torch.from_numpy(self._pairs(self.position + first * seq_len, count * seq_len))
         if device.type == "cuda":
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
-        return tokens[:-1].view(count, seq_len), tokens[1:].view(count, seq_len)
+            pairs = pairs.pin_memory().to(device, non_blocking=True)
+        inputs, targets = pairs.view(2, count, seq_len)
+        return inputs, targets
 
     def boundaries(self, first: int, count: int, seq_len: int, device: torch.device, span: int = 0) -> Tensor:
         """Where the documents of `sequences` start, as `kernels.document_boundaries`; found on the CPU, so that nothing waits for the GPU."""
-        flat = torch.from_numpy(self.read(self.position + first * seq_len, count * seq_len).astype(np.int64))
-        places = kernels.document_boundaries(document_starts(flat.view(count, seq_len), span))
+        inputs = torch.from_numpy(self._pairs(self.position + first * seq_len, count * seq_len)[0])
+        places = kernels.document_boundaries(document_starts(inputs.view(count, seq_len), span))
         if device.type == "cuda":
             places = places.pin_memory().to(device, non_blocking=True)
             torch._dynamo.mark_dynamic(places, 0)  # how many documents a batch holds is no reason to compile again
@@ -3397,7 +3425,8 @@ class Trainer:
         self.val_tokens = load_tokens(cfg.run.data_path, "val", cfg.model.vocab_size, cfg.train.val_tokens)
         if not self.byte_table.targets(self.val_tokens).sum():  # better found now than after the training
             raise UserError(f"the {len(self.val_tokens)} validation tokens stand for no bytes of text: nothing to score")
-        stream = TokenStream(cfg.run.data_path, cfg.model.vocab_size)
+        places, turn = cfg.train.train_places, cfg.train.train_seq_len
+        stream = TokenStream(cfg.run.data_path, cfg.model.vocab_size, places=places, turn=turn)
         if self.batch.tokens > stream.total_tokens:
             raise UserError(
                 f"a step takes {self.batch.tokens:,} tokens, but the training shards hold {stream.total_tokens:,}: lower TRAIN_BATCH_TOKENS"

@@ -78,6 +78,20 @@ def test_ranks_and_micro_batches_share_out_one_step(tmp_path):
     assert torch.equal(torch.cat(pieces), whole)
 
 
+def test_a_step_reads_at_several_places(tmp_path):
+    """Turns of 4 at 3 places of 40 tokens, 13 apart: BOS in place of each turn's first, the target after its last; every place goes on."""
+    write_shard(tmp_path / "fineweb_train_000000.bin", list(range(100, 140)))
+    stream, device = T.TokenStream(tmp_path, 512, places=3, turn=4), torch.device("cpu")
+    stream.position = 12  # every place has had a turn
+    inputs, targets = stream.sequences(0, 2, 6, device)
+    assert inputs.tolist() == [[1, 105, 106, 107, 1, 118], [119, 120, 1, 131, 132, 133]]
+    assert targets.tolist() == [[105, 106, 107, 108, 118, 119], [120, 121, 131, 132, 133, 134]]
+    assert torch.equal(torch.cat([stream.sequences(first, 1, 3, device)[0] for first in range(4)]).view(2, 6), inputs)
+    assert stream.boundaries(0, 2, 6, device).tolist()[:6] == [0, 4, 6, 8, 12, 12]
+    with pytest.raises(T.UserError, match="TRAIN_PLACES=20"):
+        T.TokenStream(tmp_path, 512, places=20, turn=4)
+
+
 def test_stream_never_takes_validation(tmp_path):
     with pytest.raises(AssertionError, match="only training shards"):
         T.TokenStream(tmp_path, 512, split="val")
