@@ -81,9 +81,11 @@ def audit_text(evaluations: Sequence[dict]) -> str:
 
 
 def kept_groups(record: Path) -> list[Group]:
-    """The kept runs of a record that were finished, seeds together, longest first."""
+    """The kept runs of a record that were finished, seeds together, longest first; of equal length those with the lowest score first."""
     groups = group_runs([run for path in find_runs(record) if (run := Result(path)).last("done")])
-    return sorted(groups, key=lambda group: -(group.settings.get("max_wallclock_seconds") or 0))
+    return sorted(
+        groups, key=lambda group: (-(group.settings.get("max_wallclock_seconds") or 0), min(group.scores("float").values(), default=9.0))
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,7 +305,12 @@ def picture(records: Path = ROOT / "records") -> Figure | None:
     kind = "val_bpb"
     if not any(len(line) > 1 for run in runs for line in validations(run)):
         kind, runs = "loss", [run for run in runs if run.config.get("vocab_size") == PICTURE_VOCABULARY]
-    return next((dataclasses.replace(figure, name=PICTURE) for figure in figures(runs, [kind], ["seconds"])), None)
+    names = [group.runs[0].folder.relative_to(records).parts[0] for group in group_runs(runs)]
+    for figure in figures(runs, [kind], ["seconds"]):
+        return dataclasses.replace(
+            figure, name=PICTURE, series=[dataclasses.replace(line, label=names[line.index]) for line in figure.series]
+        )
+    return None
 
 
 def is_current(figure: Figure, records: Path = ROOT / "records") -> bool:
