@@ -55,7 +55,7 @@ from parts import kernels, packing
 from parts.adapters import repeatable_gradients
 from parts.artifact import load_artifact
 from parts.document_ttt import DocumentTrainer
-from parts.experts import ExpertMixture
+from parts.experts import ExpertMixture, Prediction
 from parts.files import UserError, atomic_write, cli, read_json, sha256_file, write_json
 from parts.runs import artifact_file
 from parts.sandbox import own_caches
@@ -334,8 +334,8 @@ class Channel:
             return values
         return self.coder.decode(self.uniform_model(size), count)
 
-    def token(self, probs: Tensor, rows: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
-        """Code tokens int64 [n] of the streams `rows` [n] under probs [P, V] (float64); returns them.
+    def token(self, probs: Tensor, tokens: np.ndarray | None) -> np.ndarray:
+        """Code tokens int64 [n], each under its own row of probs [n, V] (float64); returns them.
 
         In two parts of about √V symbols: which run of the vocabulary, then which token of it. So a step brings a few hundred numbers a
         stream from the device, not V, and rare tokens keep more of the coder's precision.
@@ -343,12 +343,9 @@ class Channel:
         size = math.isqrt(probs.size(1) - 1) + 1
         mass = torch.nn.functional.pad(probs, (0, -probs.size(1) % size)).unflatten(1, (-1, size))
         run, place = (None, None) if tokens is None else divmod(tokens.astype(np.int32), np.int32(size))
-        run = self.code(frequencies(mass.sum(2)).cpu().numpy()[rows], run)
-        runs = np.zeros(len(probs), np.int64)
-        runs[rows] = run
-        inside = mass[torch.arange(len(probs), device=probs.device), torch.from_numpy(runs).to(probs.device)]
-        place = self.code(frequencies(inside).cpu().numpy()[rows], place)
-        return run.astype(np.int64) * size + place
+        run = self.code(frequencies(mass.sum(2)).cpu().numpy(), run).astype(np.int64)
+        inside = mass[torch.arange(len(probs), device=probs.device), torch.from_numpy(run).to(probs.device)]
+        return run * size + self.code(frequencies(inside).cpu().numpy(), place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,6 +385,7 @@ class Lockstep:
         self.model, self.cfg, self.ctx, self.device = model, cfg, ctx, ctx.device
         self.targets, self.steps, rows = streams.targets, streams.steps, len(streams.targets)
         self.lengths = torch.from_numpy(streams.targets).to(self.device)
+        self.rows = torch.arange(rows, device=self.device)  # streams that have the target at hand
         # Column t is the token before target t; the last one's successor is never needed, but written.
         self.tokens = torch.full((rows, self.steps + 1), BOS_ID, dtype=torch.int64, device=self.device)
         self.window = cfg.eval.eval_seq_len or cfg.train.train_seq_len
@@ -403,7 +401,10 @@ class Lockstep:
         experts = dataclasses.replace(cfg.eval, expert_report=False)
         self.mixture = ExpertMixture(experts, cfg.model.vocab_size, self.device) if experts.expert_names else None
         self.block_steps = max(1, round(cfg.eval.expert_block_tokens / rows))
-        self.block: list[tuple[Tensor, Tensor, Tensor]] = []  # logits [P, V], contexts and their nodes of the steps not counted yet
+        self.prediction: Prediction | None = None
+        # Of the steps not counted yet: contexts, their nodes, targets and their record; statistics.
+        self.block: list[tuple[Tensor, ...]] = []
+        self.statistics: Tensor | float = 0.0
         capacity = min(self.window, max(self.steps, 4))  # 4: what `Graphed` rehearses and records
         self.state = DecodeState(rows, capacity, device=self.device)
         self.start = -1  # of the window that the state holds
@@ -426,17 +427,20 @@ class Lockstep:
         """First input of the window that scores target t: `plan_windows`, except that a stream's last window is not moved back."""
         return 0 if t < self.window else (t - self.window) // self.stride * self.stride + self.stride
 
+    def live(self, t: int) -> np.ndarray:
+        """The n streams that have a target t."""
+        return np.flatnonzero(self.targets > t)
+
     @torch.no_grad()
     def predict(self, t: int) -> Tensor:
-        """Probabilities float64 [P, V] of target t in every stream."""
-        logits = self._logits(t)
+        """Probabilities float64 [n, V] of target t."""
+        if len(rows := self.live(t)) < len(self.rows):
+            self.rows = torch.from_numpy(rows).to(self.device)
+        logits = self._logits(t)[self.rows]
         if self.mixture is None:
             return logits.double().softmax(-1)
-        if t % self.block_steps == 0:
-            self.block = []
-        prediction = self.mixture.predict(logits, self._contexts(t))
-        self.block.append((logits.clone(), prediction.block_contexts, prediction.block_nodes))
-        return prediction.distribution().double()
+        self.prediction = self.mixture.predict(logits, self._contexts(t)[self.rows])
+        return self.prediction.distribution().double()
 
     def _logits(self, t: int) -> Tensor:
         start = self.window_start(t)
@@ -476,22 +480,22 @@ class Lockstep:
     # -- learning, from what has been coded --
 
     def reveal(self, t: int, tokens: Tensor) -> None:
-        """Targets t int64 [P] are known now (BOS where a stream has ended)."""
-        self.tokens[:, t + 1] = tokens
-        if self.mixture and len(self.block) == self.block_steps:
-            self._count(t)
+        """Targets t int64 [n] are known now."""
+        self.tokens[self.rows, t + 1] = tokens
+        if self.mixture:
+            self._count(tokens)
         if self.trainer and (t + 1) % self.chunk_steps == 0 and t + 1 < self.steps:
             self._train(t + 1)
 
     @torch.no_grad()
-    def _count(self, t: int) -> None:
-        """Let the experts learn from the block that ends with target t, in the order in which it was coded."""
-        steps = range(t + 1 - len(self.block), t + 1)
-        live = torch.from_numpy(np.flatnonzero(np.concatenate([self.targets > step for step in steps]))).to(self.device)
-        logits, contexts, nodes = (torch.cat(parts)[live] for parts in zip(*self.block))
-        targets = self.tokens[:, steps.start + 1 : t + 2].T.flatten()[live]
-        prediction = self.mixture.predict(logits, contexts, nodes=nodes)
-        self.mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))
+    def _count(self, targets: Tensor) -> None:
+        """Let the experts learn, a block at a time and in the order in which it was coded, from what their predictions were worth."""
+        seen = self.prediction
+        self.block.append((seen.block_contexts, seen.block_nodes, targets, seen.record(targets)))
+        self.statistics = self.statistics + seen.statistics(targets)
+        if len(self.block) == self.block_steps:
+            self.mixture.update(*map(torch.cat, zip(*self.block)), self.statistics)
+            self.block, self.statistics = [], 0.0
 
     def _train(self, end: int) -> None:
         """Train on every stream's targets end - chunk_steps … end - 1."""
@@ -541,7 +545,7 @@ class DocumentLockstep(Lockstep):
 
     def reveal(self, t: int, tokens: Tensor) -> None:
         super().reveal(t, tokens)
-        others = ((tokens == BOS_ID) & (self.lengths > t + 1)).nonzero().flatten()  # what begins in a stream that goes on
+        others = ((self.tokens[:, t + 1] == BOS_ID) & (self.lengths > t + 1)).nonzero().flatten()  # what begins in a stream that goes on
         if len(others):
             self.trainer.restart(others)
 
@@ -567,16 +571,13 @@ def transmit(
     """
     cost = torch.zeros((), dtype=torch.float64, device=lockstep.device)
     for t in range(lockstep.steps):
-        probs = lockstep.predict(t)
+        probs, rows = lockstep.predict(t), lockstep.live(t)
         probe(t, probs)
-        rows = np.flatnonzero(lockstep.targets > t)
-        coded = channel.token(probs, rows, None if known is None else known[rows, t])
+        coded = channel.token(probs, None if known is None else known[rows, t])
         if (coded >= probs.size(1)).any():
             raise UserError("damaged: it names a token beyond the vocabulary")
-        column = np.full(len(probs), BOS_ID)
-        column[rows] = coded
-        tokens = torch.from_numpy(column).to(lockstep.device)
-        cost -= (probs.gather(1, tokens[:, None]).squeeze(1).log2() * (lockstep.lengths > t)).sum()
+        tokens = torch.from_numpy(coded).to(lockstep.device)
+        cost -= probs.gather(1, tokens[:, None]).log2().sum()
         lockstep.reveal(t, tokens)
         progress(len(rows))
     return lockstep.tokens[:, 1:].cpu().numpy(), cost.item()

@@ -718,7 +718,7 @@ class Session:
             self.invalid.observe(prediction, mine, contexts, targets)
         if cfg.expert_names:
             self.trace.ledger.use(slice(begin, end), "counts and weights of the experts")
-            mixture.update(prediction, targets, gathered[:, :-1], statistics)
+            mixture.update(prediction.block_contexts, prediction.block_nodes, targets, gathered[:, :-1], statistics)
 
     @property
     def _claims_context(self) -> int:

@@ -4,7 +4,8 @@
     for block in blocks:                                     # left to right
         prediction = mixture.predict(logits, contexts)       # sees the strict past only; nothing is updated
         p = prediction.probs(targets[:, None])               # score ... `probs(all tokens)` is the full distribution
-        mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))   # ... then update
+        seen = prediction.block_contexts, prediction.block_nodes
+        mixture.update(*seen, targets, prediction.record(targets), prediction.statistics(targets))   # ... then update
 
 What makes a score valid is structural here: `predict` receives no target, a `Prediction` is a frozen function from candidate
 tokens to probabilities, and the score of the target and the full distribution come from that one function. Every expert is
@@ -570,18 +571,17 @@ class ExpertMixture:
         return bias.clamp(-cfg.calibration_clamp, cfg.calibration_clamp).float()
 
     @torch.no_grad()
-    def predict(self, logits: Tensor, contexts: Tensor, rows: Tensor | None = None, nodes: Tensor | None = None) -> Prediction:
+    def predict(self, logits: Tensor, contexts: Tensor, rows: Tensor | None = None) -> Prediction:
         """The distribution at the positions of a block, from neural logits [n, V] and context rows [n, K-1]. Changes nothing.
 
-        With several ranks each predicts a share: `rows` [r] says which positions of the block its logits [r, V] are of. `nodes`: those of the
-        contexts, if the caller has them since the last update.
+        With several ranks each predicts a share: `rows` [r] says which positions of the block its logits [r, V] are of.
         """
-        return Prediction(self, logits, contexts, rows, nodes)
+        return Prediction(self, logits, contexts, rows)
 
     @torch.no_grad()
-    def update(self, prediction: Prediction, targets: Tensor, record: Tensor, statistics: Tensor) -> None:
-        """Learn from a scored block: its prediction (any rank's), targets [n], the whole block's `Prediction.record` [n, C] (float64)
-        and the sum over the block of `Prediction.statistics`."""
+    def update(self, contexts: Tensor, nodes: Tensor, targets: Tensor, record: Tensor, statistics: Tensor) -> None:
+        """Learn from a scored block: its contexts [n, K-1] and their nodes [n, K] (a prediction, any rank's, has those), targets [n], the whole
+        block's `Prediction.record` [n, C] (float64) and the sum over the block of `Prediction.statistics`."""
         if targets.numel() == 0:
             return
         columns = {name: record[:, i] for i, name in enumerate(self.series)}
@@ -599,7 +599,7 @@ class ExpertMixture:
             self.empirical.mul_(decay).add_(seen)
             self.predicted.mul_(decay).add_(mass)
         if self.cfg.expert_names:
-            self.history.update(prediction.block_contexts, targets, prediction.block_nodes)
+            self.history.update(contexts, targets, nodes)
         self.updates += 1
 
 
@@ -609,11 +609,11 @@ class Prediction:
     `probs(candidates)` is the one way to its values: scoring asks it for the targets, the audit for the whole vocabulary.
     """
 
-    def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor, rows: Tensor | None, nodes: Tensor | None):
+    def __init__(self, mixture: ExpertMixture, logits: Tensor, contexts: Tensor, rows: Tensor | None = None):
         cfg, history = mixture.cfg, mixture.history
         self.mixture = mixture
         self.updates_before = mixture.updates
-        self.block_contexts, self.block_nodes = contexts, history.nodes(contexts) if nodes is None else nodes
+        self.block_contexts, self.block_nodes = contexts, history.nodes(contexts)
         self.nodes = self.block_nodes if rows is None else self.block_nodes[rows]
         log_p = logits.float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)

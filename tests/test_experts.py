@@ -164,7 +164,7 @@ def run_mixture(config, tokens, vocab, logits, block=16, keep=()):
         for t in set(at.tolist()) & set(keep):
             rows[t] = prediction.distribution(torch.tensor([t - start]))[0]
         records.append(prediction.record(targets))
-        mixture.update(prediction, targets, records[-1], prediction.statistics(targets))
+        mixture.update(prediction.block_contexts, prediction.block_nodes, targets, records[-1], prediction.statistics(targets))
     return mixture, torch.cat(records), rows
 
 
@@ -198,7 +198,7 @@ def test_prediction_refuses_to_score_after_its_block_was_counted():
     mixture = ExpertMixture(ExpertConfig(experts="ngram", ngram_order=3), 9)
     contexts, targets = torch.full((4, 2), 9), torch.tensor([1, 2, 3, 4])
     prediction = mixture.predict(torch.zeros(4, 9), contexts)
-    mixture.update(prediction, targets, prediction.record(targets), prediction.statistics(targets))
+    mixture.update(prediction.block_contexts, prediction.block_nodes, targets, prediction.record(targets), prediction.statistics(targets))
     with pytest.raises(RuntimeError, match="counted"):
         prediction.probs(targets[:, None])
 
@@ -249,7 +249,7 @@ def test_fixed_tilt_is_the_closed_form():
     contexts, targets = torch.tensor([[3], [3], [3]]), torch.tensor([2, 2, 4])
     first = mixture.predict(torch.zeros(3, 5), contexts)
     assert torch.allclose(first.ladder[-1].exp(), torch.full((3, 5), 0.2))  # nothing scored yet, no hint
-    mixture.update(first, targets, first.record(targets), first.statistics(targets))
+    mixture.update(first.block_contexts, first.block_nodes, targets, first.record(targets), first.statistics(targets))
     got = mixture.predict(torch.zeros(1, 5), torch.tensor([[3]])).ladder[-1].exp()[0]
     z = 1 + 0.2 * (math.exp(0.7) - 1)
     assert got.tolist() == pytest.approx([0.2 / z, 0.2 / z, 0.2 * math.exp(0.7) / z, 0.2 / z, 0.2 / z], abs=1e-6)
@@ -398,7 +398,7 @@ def test_cuda_gives_the_cpus_scores(names, mixer):
             prediction = mixture.predict(rows, contexts)
             record = prediction.record(targets)
             kept.append(record[:, 0])
-            mixture.update(prediction, targets, record, prediction.statistics(targets))
+            mixture.update(prediction.block_contexts, prediction.block_nodes, targets, record, prediction.statistics(targets))
         scores[device, count] = torch.cat(kept).cpu()
         rate = count * block / (time.perf_counter() - began)
     print(f"\n{','.join(names)} on {torch.cuda.get_device_name()}: {rate:,.0f} tokens/s, {mixture.history.nbytes / 1e6:.0f} MB of tables")
