@@ -145,7 +145,7 @@ def links(record: Path, runs: Sequence[Result], names: Sequence[str]) -> str:
     return ", ".join(found)
 
 
-def test_time_training(config: dict) -> str:
+def how_it_learned(config: dict) -> str:
     if config.get("ttt_mode") == "document":
         return f"by document, LoRA of rank {config.get('ttt_doc_rank')}, lr {config.get('ttt_doc_lr')}, chunks of {config.get('ttt_doc_chunks')}"
     return f"{config.get('ttt_optimizer')}, epochs: {config.get('ttt_epochs')}, weights: {config.get('ttt_params')}"
@@ -176,7 +176,7 @@ def results_column(record: Path, group: Group, name: str) -> dict[str, str]:
     if first:
         column["val_bpb artifact, sliding"] = f"{mean([s.get('sliding_bpb') for s in scored])} (stride {config.get('eval_stride')})"
         if first.get("ttt_bpb") is not None:
-            column["+ score-first TTT"] = f"{mean([s.get('ttt_bpb') for s in scored])} ({test_time_training(config)})"
+            column["+ score-first TTT"] = f"{mean([s.get('ttt_bpb') for s in scored])} ({how_it_learned(config)})"
         if first.get("experts_bpb") is not None:
             column["+ experts"] = f"{mean([s.get('experts_bpb') for s in scored])} ({config.get('experts', '').replace(',', ', ')})"
         if claim := first.get("invalid_cache"):
