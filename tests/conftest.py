@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 
@@ -81,15 +82,11 @@ def dataset(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def launch(dataset, tmp_path):
-    """Run a command of the suite in a subprocess: launch("train_gpt.py", ITERATIONS=3) -> CompletedProcess."""
+    """Run a command of the suite as a process of its own, or as several ranks: launch("train_gpt.py", ITERATIONS=3) -> CompletedProcess."""
 
-    def run(script: str, *arguments: str, ranks: int = 1, timeout: float = 240, **settings) -> subprocess.CompletedProcess:
+    def run(script: str, *arguments: str, ranks: int = 1, **settings) -> subprocess.CompletedProcess:
         environment = clean_environment(**{**dataset.settings, "RUNS_DIR": str(tmp_path / "runs"), "DEVICE": "cpu", **settings})
-        start = [sys.executable]
-        if ranks > 1:
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [*start, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=tmp_path)
+        return forked.run(ROOT / script, *arguments, ranks=ranks, environment=environment, folder=tmp_path)
 
     run.runs, run.settings = tmp_path / "runs", dataset.settings
     return run

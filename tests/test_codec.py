@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -449,9 +448,7 @@ def test_the_command_decodes_in_another_process_and_finds_the_artifact(coded, ar
 
     def command(*arguments):
         environment = clean_environment(RUNS_DIR=tmp_path / "runs")
-        return subprocess.run(
-            [sys.executable, ROOT / "codec.py", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        return forked.run(ROOT / "codec.py", *arguments, environment=environment, folder=tmp_path)
 
     (tmp_path / "coded").write_bytes(coded.read_bytes())
     done = command("decompress", "coded", "text")

@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 from unittest import mock
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -427,7 +428,6 @@ def test_a_future_leak_in_the_model_fails_the_audit():
 
 
 def _rank(rank: int, world: int, folder: str, changes: dict) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     ctx = RunContext(rank, world, rank, torch.device("cpu"))
     tested = evaluator(config(**changes), ctx)
@@ -447,7 +447,8 @@ def test_two_ranks_give_the_result_of_one(tmp_path):
     session.feed(stream(310)[:200])
     rows = session.rows(77, 200)
     one = tested.run(stream(310))
-    mp.spawn(_rank, args=(2, str(tmp_path), changes), nprocs=2)
+    forked.server()
+    mp.start_processes(_rank, args=(2, str(tmp_path), changes), nprocs=2, start_method="forkserver")
     two = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert two[0]["checksum"] == two[1]["checksum"] and torch.equal(two[0]["nll"], two[1]["nll"])
     assert torch.allclose(two[0]["nll"], one.ledger.nll, atol=2e-4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, clean_environment
 
@@ -23,28 +24,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# Two ranks of one process that has imported everything: what a test of ranks alone costs is the import.
-FORKED = """
-import os, signal, sys
-import train_gpt
+SCRIPT = """
+import os, signal, train_gpt
 from parts.files import cli
 FIRST
-sys.argv = ["train_gpt.py", *sys.argv[1:]]
-for rank in range(2):
-    if not os.fork():
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        cli(train_gpt.main)
-codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)]
-sys.exit(max(map(abs, codes)))
+cli(train_gpt.main)
 """
 
 
 def two_ranks(tmp_path, *arguments: str, first: str = "", **settings) -> subprocess.CompletedProcess:
     """train_gpt.py on two ranks without torchrun, after the statements `first`."""
-    (tmp_path / "ranks.py").write_text(FORKED.replace("FIRST", first))
-    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": ROOT}
-    command = [sys.executable, str(tmp_path / "ranks.py"), *arguments]
-    return subprocess.run(command, env=clean_environment(**settings, **group), capture_output=True, text=True, timeout=100)
+    (tmp_path / "ranks.py").write_text(SCRIPT.replace("FIRST", first))
+    return forked.run(tmp_path / "ranks.py", *arguments, ranks=2, environment=clean_environment(**settings), folder=tmp_path)
 
 
 def test_the_benchmark_says_what_exchanges_between_ranks_cost(launch, tmp_path):
@@ -102,8 +93,7 @@ def test_a_rank_with_a_fault_takes_the_job_down(launch, tmp_path):
 
 
 def test_a_killed_rank_takes_the_job_down(launch, tmp_path):
-    script = "import os, signal, train_gpt\nfrom parts.files import cli\n" + DYING + "cli(train_gpt.main)\n"
-    (tmp_path / "dying.py").write_text(script.replace("HOW", "os.kill(os.getpid(), signal.SIGKILL)"))
+    (tmp_path / "dying.py").write_text(SCRIPT.replace("FIRST", DYING.replace("HOW", "os.kill(os.getpid(), signal.SIGKILL)")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "dying.py")]
     environment = clean_environment(**{**launch.settings, "RUNS_DIR": launch.runs, **ENDLESS}, PYTHONPATH=ROOT)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)

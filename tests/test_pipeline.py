@@ -253,7 +253,7 @@ def test_qat_acts_at_the_end_on_the_cards_layers(pipeline):
     assert not any(active[:-3]) and active == sorted(active) and active[-1] == bool(expected)
 
 
-def test_torchrun_agrees_with_one_process(launch, dataset):
+def test_two_ranks_agree_with_one_process(launch, dataset):
     """The three commands on two ranks and on one, from shards to the same val_bpb: parts are summed, not rank 0's reported."""
     scores = {}
     for ranks in (1, 2):

@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, clean_environment
 from test_packing import reseal
 
 import quantize as Q
@@ -27,7 +29,6 @@ from parts.bundle import bundle
 from parts.files import UserError, sha256_file
 from train_gpt import Config, QuantConfig, RunContext
 
-ROOT = Path(__file__).resolve().parent.parent
 HYBRID = {
     "vocab_size": 300,
     "layer_pattern": "GASTA",
@@ -441,9 +442,7 @@ ctx.close()
 
 def test_two_processes_see_what_one_sees(world, quantizer, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py"]
-    subprocess.run([*command, str(world / "run"), "out"], cwd=tmp_path, env=environment, check=True, timeout=120, capture_output=True)
+    forked.run(tmp_path / "worker.py", world / "run", tmp_path / "out", ranks=2, environment=os.environ, folder=tmp_path).check_returncode()
     ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2)]
     for key, value in quantizer.hessians.items():
         assert torch.equal(ranks[0][key], ranks[1][key]), key
@@ -775,17 +774,8 @@ def test_artifact_of_another_tokenizer_or_model(artifact, world, clean, tmp_path
 
 
 # -- faults of input ---------------------------------------------------------------------------------------------------
-def run_cli(*arguments: str, cwd: Path = ROOT, script: Path = ROOT / "quantize.py", **environment: str):
-    names = {spec.name.upper() for spec in train_gpt.settings()} | {"PRESET"}
-    base = {key: value for key, value in os.environ.items() if key not in names}
-    return subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=cwd, env={**base, "OMP_NUM_THREADS": "1", **environment}, capture_output=True,
-        text=True, timeout=150,
-    )  # fmt: skip
-
-
-def test_faults_are_one_line_and_exit_code_2(world, tmp_path):
-    done = run_cli(str(tmp_path))
+def test_faults_are_one_line_and_exit_code_2(tmp_path):
+    done = forked.run(ROOT / "quantize.py", tmp_path, environment=clean_environment(), folder=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
 
 
@@ -829,6 +819,12 @@ def test_faults_leave_nothing_half_written(world, clean, tmp_path):
 
 
 # -- bundle ------------------------------------------------------------------------------------------------------------
+def run_inside(folder: Path, script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    """A script of a submission with nothing of ours around it."""
+    command = [sys.executable, script, *arguments]
+    return subprocess.run(command, cwd=folder, env=clean_environment(**settings), capture_output=True, text=True, timeout=150)
+
+
 @pytest.fixture(scope="module")
 def scored(world, tmp_path_factory) -> Path:
     """A quantized run with a train log and a score that says whose it is; no evaluation was run."""
@@ -872,7 +868,7 @@ def test_bundle_is_in_the_challenges_form(scored, world, tmp_path):
     for path in out.rglob("*.py"):
         if path.name != "evaluate.py":
             compile(path.read_text(), path.name, "exec")
-    shown = run_cli("--print-config", cwd=out, script=Path("train_gpt.py"), PRESET="my_run")
+    shown = run_inside(out, "train_gpt.py", "--print-config", PRESET="my_run")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"^LAYER_PATTERN +GASTA +preset:my_run$", shown.stdout, re.MULTILINE) and str(world) not in shown.stdout
     assert not list(tmp_path.rglob("*.tmp"))
@@ -977,7 +973,7 @@ def test_bundle_runs_on_its_own(world, clean, tmp_path):
     with pytest.raises(UserError, match=r"eval\.json is missing: run `python eval_ttt\.py"):
         bundle(run, tmp_path / "submission")
     settings = {"TTT_EPOCHS": "1", "TTT_CHUNK_TOKENS": "512", "EVAL_STRIDE": "32"}
-    done = run_cli(str(run / "artifact.bin"), script=ROOT / "eval_ttt.py", **settings)
+    done = forked.run(ROOT / "eval_ttt.py", run / "artifact.bin", environment=clean_environment(**settings), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = json.loads((run / "eval.json").read_text())
     submission = bundle(run, tmp_path / "submission", ["no-audit"])
@@ -988,7 +984,7 @@ def test_bundle_runs_on_its_own(world, clean, tmp_path):
     for name in ("artifact.bin", "evaluate.py"):
         (empty / name).write_bytes((tmp_path / "submission" / name).read_bytes())
     data = {"DATA_PATH": str(world), "TOKENIZER_PATH": str(world / "tokenizer.model"), "AUDIT_SAMPLES": "64"}
-    done = run_cli("--audit", cwd=empty, script=Path("evaluate.py"), **data)
+    done = run_inside(empty, "evaluate.py", "--audit", **data)
     result = json.loads((empty / "eval.json").read_text())
     checks = {check["name"]: check["verdict"] for check in result["audit"]["checks"]}
     assert checks.pop("byte count") == "fail" and "fail" not in checks.values(), done.stdout  # random tokens spell no text

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -399,19 +400,26 @@ def test_a_validation_moves_no_random_state(train):
     assert_same_weights(weights(never), weights(often))
 
 
+@contextlib.contextmanager
+def endless(dataset, folder):
+    """A training under way, as a process of its own that has come to its third step, and the pipe in which its further lines are."""
+    settings = {**dataset.settings, "RUNS_DIR": folder / "runs", "RUN_ID": "run", "ITERATIONS": 100000, "TRAIN_LOG_EVERY": 1}
+    os.mkfifo(folder / "lines")
+    process = forked.start(
+        ROOT / "train_gpt.py", environment=clean_environment(**settings, DEVICE="cpu"), out=folder / "lines", err=folder / "errors"
+    )
+    with open(folder / "lines") as lines:
+        assert any(line.startswith("step:3/") for line in lines), (folder / "errors").read_text()
+        yield process, lines
+
+
 def test_a_reader_that_leaves_stops_the_run_with_a_checkpoint(dataset, tmp_path):
     """`python train_gpt.py | head` ends as by SIGPIPE, and nothing is lost."""
-    settings = {**dataset.settings, "RUNS_DIR": tmp_path / "runs", "DEVICE": "cpu", "RUN_ID": "piped", "ITERATIONS": 100000}
-    command = [sys.executable, str(ROOT / "train_gpt.py")]
-    environment = clean_environment(**settings, TRAIN_LOG_EVERY=1)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step:3/"):
-            break
-    process.stdout.close()
-    assert process.wait(timeout=60) == 128 + signal.SIGPIPE, process.stderr.read()
-    assert "stopped by SIGPIPE" in (tmp_path / "runs" / "piped" / "train.log").read_text()
-    assert list((tmp_path / "runs" / "piped" / "checkpoints").iterdir())
+    with endless(dataset, tmp_path) as (process, _):
+        pass
+    assert forked.finish([process], 60) == [128 + signal.SIGPIPE], (tmp_path / "errors").read_text()
+    assert "stopped by SIGPIPE" in (tmp_path / "runs" / "run" / "train.log").read_text()
+    assert list((tmp_path / "runs" / "run" / "checkpoints").iterdir())
 
 
 def test_ranks_run_the_settings_of_rank_zero(tmp_path):
@@ -574,26 +582,20 @@ def test_two_processes_train_to_the_weights_of_one(launch, train, ranks):
     assert second["world_size"] == 2
 
 
-def test_only_rank_zero_needs_the_checkpoint(launch, train):
+def test_only_rank_zero_needs_the_checkpoint(launch, train, tmp_path):
     """Ranks may have disks of their own: rank 0 reads, the others receive, and the result is that of the unbroken run."""
     one, _ = train(RUN_ID="one", MICRO_BATCH_TOKENS=128)
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def node(rank, **settings):
-        environment = clean_environment(**{**launch.settings, "DEVICE": "cpu", "RUN_ID": "run", "MICRO_BATCH_TOKENS": 128, **settings})
-        environment["RUNS_DIR"] = str(launch.runs / f"node{rank}")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1"]
-        command = [*torchrun, "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / "train_gpt.py")]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
+    base = {**launch.settings, "DEVICE": "cpu", "RUN_ID": "run", "MICRO_BATCH_TOKENS": 128}
     for settings in ({"CHECKPOINT_EVERY": 6}, {"RESUME": 1}):
-        nodes = [node(rank, **settings) for rank in (0, 1)]
-        for process in nodes:
-            assert process.wait(timeout=120) == 0, process.stderr.read()[-2000:]
+        nodes = [
+            forked.start(
+                ROOT / "train_gpt.py",
+                environment={**clean_environment(**base, **settings, RUNS_DIR=launch.runs / f"node{rank}"), **variables, "LOCAL_RANK": "0"},
+                err=tmp_path / "errors",
+            )
+            for rank, variables in enumerate(forked.group(2))
+        ]
+        assert forked.finish(nodes) == [0, 0], (tmp_path / "errors").read_text()[-2000:]
         if "RESUME" not in settings:
             os.unlink(launch.runs / "node0" / "run" / "model.safetensors")
     assert not (launch.runs / "node1").exists(), "rank 1 writes nothing"
@@ -601,31 +603,14 @@ def test_only_rank_zero_needs_the_checkpoint(launch, train):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_save_and_exit(dataset, tmp_path, train, number):
-    settings = {
-        **dataset.settings,
-        "RUNS_DIR": tmp_path / "runs",
-        "DEVICE": "cpu",
-        "RUN_ID": "stopped",
-        "ITERATIONS": 100000,
-        "TRAIN_LOG_EVERY": 1,
-    }
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_gpt.py")],
-        env=clean_environment(**settings),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step:3/"):
-            process.send_signal(number)
-            process.send_signal(number)  # twice, as a launcher and its process group get it
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert f"stopped by {number.name}" in out and "RESUME=1 RUN_ID=stopped continues" in out
-    (checkpoint,) = (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()
+def test_signals_save_and_exit(dataset, tmp_path, number):
+    with endless(dataset, tmp_path) as (process, lines):
+        os.kill(process.pid, number)
+        os.kill(process.pid, number)  # twice, as a launcher and its process group get it
+        out = lines.read()
+    assert forked.finish([process], 60) == [128 + number], (tmp_path / "errors").read_text()
+    assert f"stopped by {number.name}" in out and "RESUME=1 RUN_ID=run continues" in out
+    (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
     step = T.load_tensors(checkpoint)[1]["step"]
     assert step >= 3 and f"at step {step}" in out
 

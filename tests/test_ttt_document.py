@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -273,7 +274,6 @@ def _results(form: dict, ctx: RunContext) -> dict:
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.save([_results(form, RunContext(rank, world, rank, torch.device("cpu"))) for form in RANKS], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -281,7 +281,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 def test_two_ranks_give_the_result_of_one(tmp_path):
     """To the bit where documents stand alone; experts' sums over a block are added in another order."""
-    mp.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
+    forked.server()
+    mp.start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="forkserver")
     for form, first, second in zip(RANKS, *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))):
         one = _results(form, RunContext())
         assert torch.equal(first["ledger"]["nll"], second["ledger"]["nll"]) and torch.equal(first["rows"], second["rows"])
