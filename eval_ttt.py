@@ -500,6 +500,15 @@ class WindowReader:
         pass
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one rank has of a block."""
+
+    prediction: Prediction
+    mine: Tensor  # int64 [n] on the CPU: which of the block's targets it is of
+    times: Tensor  # float64 [block]: how often each target was read, on all ranks together
+
+
 class Session:
     """One evaluation of a text of `targets` targets whose tokens become known from left to right: `feed` them, and `rows` gives the
     distributions of targets whose past is known. What lies ahead is blank here; it is scored, counted and learned from when it has come.
@@ -579,15 +588,15 @@ class Session:
             if first < begin:
                 raise UserError(f"target {first} lies before what is already counted")
             with self._scoring():
-                prediction, mine = self._predict(begin, end)
+                share = self._predict(begin, end)
             upto = min(end, last)
-            here = ((mine >= first - begin) & (mine < upto - begin)).nonzero().squeeze(1)
+            here = ((share.mine >= first - begin) & (share.mine < upto - begin)).nonzero().squeeze(1)
             shown = torch.zeros(upto - first, self.evaluator.vocab_size, device=self.ctx.device)
-            place = sent(mine[here] + begin - first, self.ctx.device)
-            shown[place] = prediction.distribution(sent(here, self.ctx.device))
+            place = sent(share.mine[here] + begin - first, self.ctx.device)
+            shown[place] = share.prediction.distribution(sent(here, self.ctx.device))
             parts.append(self.ctx.all_reduce_sum(shown))
             if upto == end < self.known:
-                self._finish(begin, end, prediction, mine)
+                self._finish(begin, end, share)
             elif upto < last:
                 raise AssertionError("a block whose tokens are all known was not finished")
             first = upto
@@ -640,16 +649,15 @@ class Session:
                 trainer.learn(self.tokens, chunk, chunk_lr(cfg, self.number, len(self.chunks)))
         self.number += 1
 
-    def _finish(self, begin: int, end: int, prediction: Prediction | None = None, mine: Tensor | None = None) -> None:
+    def _finish(self, begin: int, end: int, share: Share | None = None) -> None:
         """Score the block begin..end-1, whose tokens are all known, and count it."""
         with self._scoring():
             if self.mixture is None:
                 self._record_plain(begin, end)
             else:
-                if prediction is None:
-                    prediction, mine = self._predict(begin, end)
+                share = share or self._predict(begin, end)
                 with self.clock("experts"):
-                    self._record_mixed(begin, end, prediction, mine)
+                    self._record_mixed(begin, end, share)
         self.done = end
         self.advance(end - begin)
         chunk = self.chunks[self.number]
@@ -689,36 +697,47 @@ class Session:
         gathered[1].index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
         self._record(start, end, *self.ctx.all_reduce_sum(gathered))
 
-    def _predict(self, begin: int, end: int) -> tuple[Prediction, Tensor]:
-        """The block's distributions, and which of its targets this rank has (on the CPU); complete before a target is named."""
+    def _predict(self, begin: int, end: int) -> Share:
+        """This rank's part of the block's distributions, complete before a target is named."""
         with self.clock("model"):
             positions, logits = self.reader.values(begin, end, self.known, self.chunks[self.number], whole=True)
-        if self.ctx.world_size == 1 and len(positions) < end - begin:  # the same shape as when all of it is known
-            logits = torch.cat((logits, logits.new_zeros(end - begin - len(positions), logits.size(1))))
-            positions = torch.arange(begin, end)
+            logits, mine, times = self._share(begin, end, positions, logits)
         with self.clock("experts"):
-            at, mine = torch.arange(begin, end, device=self.ctx.device), positions - begin
+            at = torch.arange(begin, end, device=self.ctx.device)
             contexts = context_rows(self.tokens, at, self.mixture.context_length, self.evaluator.vocab_size)
-            return self.mixture.predict(logits, contexts, sent(mine, self.ctx.device)), mine
+            return Share(self.mixture.predict(logits, contexts, sent(mine, self.ctx.device)), mine, times)
 
-    def _record_mixed(self, begin: int, end: int, prediction: Prediction, mine: Tensor) -> None:
+    def _share(self, begin: int, end: int, positions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every rank gets the same stretch of the block, of the same shape, whichever rank has read which targets and however many are known yet (blank
+        where nothing is): a shape decides how a GPU adds up, and last bits decide which of the mixer's bins a target falls into."""
+        ctx, size = self.ctx, end - begin
+        at = sent(positions - begin, ctx.device)
+        times = torch.zeros(size, dtype=torch.float64, device=ctx.device).index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
+        if ctx.world_size > 1 or len(positions) < size:
+            block = torch.zeros(size, self.evaluator.vocab_size, device=ctx.device)
+            block[at] = logits
+            logits, times = ctx.all_reduce_sum(block), ctx.all_reduce_sum(times)
+            positions = torch.arange(begin, end)
+        share = slice(ctx.rank * -(-size // ctx.world_size), (ctx.rank + 1) * -(-size // ctx.world_size))
+        return logits[share], positions[share] - begin, times
+
+    def _record_mixed(self, begin: int, end: int, share: Share) -> None:
         """Scores of the block's targets, and what the experts learn from them."""
         cfg, ctx, mixture = self.cfg, self.ctx, self.mixture
-        at, mine = torch.arange(begin, end, device=ctx.device), sent(mine, ctx.device)
+        prediction, mine, at = share.prediction, sent(share.mine, ctx.device), torch.arange(begin, end, device=ctx.device)
         targets = self.tokens[at + 1].long()
         record = prediction.record(targets[mine])
-        gathered = torch.zeros(end - begin, record.size(1) + 1, dtype=torch.float64, device=ctx.device)
-        gathered[mine, :-1] = record
-        gathered[:, -1].index_add_(0, mine, torch.ones_like(mine, dtype=torch.float64))
+        gathered = torch.zeros(end - begin, record.size(1), dtype=torch.float64, device=ctx.device)
+        gathered[mine] = record
         gathered, statistics = ctx.all_reduce_sum(gathered), ctx.all_reduce_sum(prediction.statistics(targets[mine]))
-        self._record(begin, end, -gathered[:, 0], gathered[:, -1])
+        self._record(begin, end, -gathered[:, 0], share.times)
         self.sums -= gathered[:, : len(mixture.series)].sum(0)
         if self.invalid:
             contexts = context_rows(self.tokens, at, self._claims_context, self.evaluator.vocab_size)
             self.invalid.observe(prediction, mine, contexts, targets)
         if cfg.expert_names:
             self.trace.ledger.use(slice(begin, end), "counts and weights of the experts")
-            mixture.update(prediction.block_contexts, prediction.block_nodes, targets, gathered[:, :-1], statistics)
+            mixture.update(prediction.block_contexts, prediction.block_nodes, targets, gathered, statistics)
 
     @property
     def _claims_context(self) -> int:
