@@ -21,6 +21,7 @@ Shapes in comments: B batch, T time, H heads, D head dim, C channels, V vocabula
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -834,7 +835,12 @@ class RunContext:
         for handle in filter(None, (self._text, self._events)):
             handle.close()
         self._text = self._events = None
-        if dist.is_initialized():
+        if not dist.is_initialized():
+            return
+        if self.device.type == "cuda" and sys.exc_info()[0]:
+            # Exchanges with a rank that is gone never end, and the group's end, like the process's, would wait for them.
+            atexit.register(os._exit, 2)
+        else:
             dist.destroy_process_group()
 
 
@@ -3322,6 +3328,9 @@ def set_random_state(generators: list[Tensor]) -> None:
 
 
 RETRY_SECONDS = 30.0  # between attempts to save on a full disk
+LOST_SECONDS = (
+    20.0  # that a step may go on once its end was asked for, before the GPU waits for a rank that is gone; torchrun kills after 30
+)
 
 
 @dataclass
@@ -3559,7 +3568,7 @@ class Trainer:
         while len(self.in_flight) > allowed:
             step, loss, event = self.in_flight.pop(0)
             if event is not None:
-                event.synchronize()
+                self.wait_for(event)
             value = float(loss)
             if not math.isfinite(value):
                 kept = list_checkpoints(self.folder)
@@ -3569,6 +3578,19 @@ class Trainer:
                 )
                 raise TrainingDiverged(f"train_loss is {value} at step {step}; {before}; {last}")
             self.last_loss = value
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Wait for the device. Beside other ranks signals are heard meanwhile: a device that waits for a rank that is gone does so for ever, and
+        torchrun, which saw the rank go, has sent SIGTERM."""
+        if self.ctx.world_size == 1:
+            return event.synchronize()
+        asked = None
+        while not event.query():
+            if self.stop.received:
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > LOST_SECONDS:
+                    raise dist.DistError(f"step {self.state.step} did not end within {LOST_SECONDS:g} s of the signal to stop")
+            time.sleep(2e-4)
 
     def agree(self, elapsed: float) -> tuple[float, int]:
         """Rank 0's clock, and the signal to stop at if any rank got one: every rank must take the same decisions."""
@@ -3644,6 +3666,8 @@ class Trainer:
         """A step has failed: the state before it is whole, and saved (rank 0) before the fault ends the run."""
         if not (self.ctx.is_main and self.between_steps and self.state.step):
             return
+        if lost_rank(error):
+            self.stop.request(signal.SIGTERM)  # if it has not come yet: a device that waits for that rank is not waited for
         try:
             if path := self.checkpoint():
                 self.ctx.log(f"step {self.state.step + 1} failed: saved {path}; RESUME=1 RUN_ID={self.cfg.run.run_id} continues")
@@ -3726,7 +3750,11 @@ class Trainer:
             paused += time.perf_counter() - pause
         while True:
             self.settle(1 if ctx.device.type == "cuda" else 0)
-            state.elapsed, signal_number = self.agree(spent + time.perf_counter() - began - paused)
+            try:
+                state.elapsed, signal_number = self.agree(spent + time.perf_counter() - began - paused)
+            except RuntimeError as error:
+                self.rescue(error)
+                raise
             before, progress = progress, max(progress, training_progress(cfg.train, state.step, state.elapsed))
             if cfg.train.ema_decay and state.step > first_step:
                 params = [param.data for param in state.model.parameters()]

@@ -243,7 +243,7 @@ class StopSignal:
     IMPATIENT = 5.0
 
     def __init__(self):
-        self.received = 0
+        self.received, self._first = 0, 0.0  # the signal, and when it came
         self._at_once = False
 
     def __enter__(self) -> StopSignal:
@@ -274,7 +274,8 @@ class StopSignal:
 
     def request(self, number: int) -> None:
         """As if the signal had arrived."""
-        self.received = self.received or number
+        if not self.received:
+            self.received, self._first = number, time.monotonic()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -7,15 +7,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
+import torch
 from conftest import ROOT, clean_environment
 
 import train_gpt as T
-from parts.files import UserError
+from parts.files import UserError, lost_rank
 from parts.predict import main as predict_main
 from parts.predict import predict
+from parts.runs import StopSignal
+from train_gpt import RunContext
 
 
 def free_port() -> int:
@@ -98,6 +102,26 @@ def test_a_killed_rank_takes_the_job_down(launch, tmp_path):
     environment = clean_environment(**{**launch.settings, "RUNS_DIR": launch.runs, **ENDLESS}, PYTHONPATH=ROOT)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert_that_it_ended_well(done, "Signal 9 (SIGKILL) received", launch.runs / "run")
+
+
+def test_a_device_that_waits_for_a_lost_rank_is_not_waited_for(monkeypatch):
+    """An exchange over NCCL with a rank that is gone never ends: neither the wait for it nor the end of the group may take the process along."""
+    monkeypatch.setattr(T, "LOST_SECONDS", 0.01)
+    trainer = SimpleNamespace(ctx=RunContext(0, 2, 0, torch.device("cuda")), stop=StopSignal(), state=SimpleNamespace(step=7))
+    answers = iter([False, False, True])
+    T.Trainer.wait_for(trainer, SimpleNamespace(query=lambda: next(answers)))  # a step that ends, before and after a signal
+    trainer.stop.request(signal.SIGTERM)
+    T.Trainer.wait_for(trainer, SimpleNamespace(query=lambda: True))
+    monkeypatch.setattr(T.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(T.dist, "destroy_process_group", lambda: pytest.fail("it would wait"))
+    leave = []
+    monkeypatch.setattr(T.atexit, "register", lambda *how: leave.append(how))
+    with pytest.raises(RuntimeError, match="step 7 did not end") as fault:
+        try:
+            T.Trainer.wait_for(trainer, SimpleNamespace(query=lambda: False))
+        finally:
+            trainer.ctx.close()
+    assert lost_rank(fault.value).startswith("lost touch with another rank") and leave == [(os._exit, 2)]
 
 
 # ---- launch scripts, with stand-ins for what only a cluster has ----

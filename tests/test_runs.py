@@ -83,6 +83,10 @@ def test_a_signal_sent_twice_is_one_request(number, capfd):
         assert stop.received == number
     assert capfd.readouterr().err.count("saving, then leaving") == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with runs.StopSignal() as stop:
+        stop.request(signal.SIGPIPE)
+        signal.raise_signal(number)
+        assert stop.received == signal.SIGPIPE
 
 
 def test_asking_again_later_ends_the_process_at_once():
