@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -240,14 +241,22 @@ def _prior(level: int, size: int) -> np.ndarray:
     return np.array([1 + _PRIOR_TOTAL * value // total for value in mass], dtype=np.int64)
 
 
+@functools.cache
+def _fresh_tables(bits: int) -> np.ndarray:
+    """Every context's prior over the symbols, int64 [levels, 2^bits], to be copied. Made once a process: a coder is begun for every trial."""
+    magnitude = np.abs(np.arange(1 << bits, dtype=np.int64) - (1 << (bits - 1)))
+    tables = np.array([_prior(level, magnitude.max() + 1)[magnitude] for level in range(_LEVELS)])
+    tables.flags.writeable = False
+    return tables
+
+
 class _SymbolModel:
     """Adaptive statistics shared by encoder and decoder: both drive it with the same calls in the same order."""
 
     def __init__(self, bits: int):
         self.alphabet = 1 << bits
         self.low = -(1 << (bits - 1))
-        magnitude = np.abs(np.arange(self.alphabet, dtype=np.int64) + self.low)
-        self.tables = np.array([_prior(level, magnitude.max() + 1)[magnitude] for level in range(_LEVELS)])
+        self.tables = _fresh_tables(bits).copy()
         self.predicted = self.tables.copy()  # of innovations: another shape, and no contexts shared
         self.row_table = np.ones(2 * _ROW_OFFSETS + 1, dtype=np.int64)
         self.row_table[_ROW_OFFSETS] = 8

@@ -897,7 +897,7 @@ def hub(here, tokenizer, monkeypatch):
     files["datasets/manifest.json"] = json.dumps(listing).encode()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.files, server.damaged, server.sent, server.requests, server.commit = files, {}, [], Counter(), COMMIT
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
