@@ -372,7 +372,8 @@ def test_shared_layers_hold_one_set_of_weights():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_qat_switch_changes_the_output(mode, compiled):
     """The classic dead code is a Python flag folded into the graph: the switch must act on a forward already compiled."""
-    model = make(TINY, looping=False, LATE_QAT_THRESHOLD=0.5, QAT_MODE=mode, QAT_BITS=3, QAT_TARGETS="mlp|mixer", QAT_NOISE_SCALE=2)
+    qat = {"LATE_QAT_THRESHOLD": 0.5, "QAT_MODE": mode, "QAT_BITS": 3, "QAT_TARGETS": "mlp|mixer", "QAT_NOISE_SCALE": 2}
+    model = make(TINY, looping=False, **qat, **({"LAYER_PATTERN": "TA"} if compiled else {}))  # half the layers compile in half the time
     forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     ids, switches = tokens(16), [m for m in model.modules() if isinstance(m, T.FakeQuantize)]
     assert len(switches) > 10
@@ -399,7 +400,8 @@ def test_model_compiles_whole():
     """No graph break anywhere, with recurrence off and on; the two graphs are all there is."""
     from torch._dynamo.testing import CompileCounter
 
-    model, ids, counter = make(EVERYTHING), tokens(40), CompileCounter()
+    smaller = {"LAYER_PATTERN": "GSTAG", "SHARED_LAYERS": "0,4", "VE_LAYERS": "3", "NUM_LOOPS": 1}
+    model, ids, counter = make(EVERYTHING, **smaller), tokens(40), CompileCounter()
     torch._dynamo.reset()
     forward = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     for looping in (False, True, False, True):
