@@ -1032,14 +1032,15 @@ class Kernels:
 
     full: str = "flash"  # attention over everything before
     windowed: str = "plain"  # sliding-window attention
-    fused: bool = False  # parts/kernels.py's: MLP, softcapped cross-entropy, q and k, residual stream, XSA with its gate
+    fused: bool = False  # parts/kernels.py's: MLP, softcapped cross-entropy, q and k, residual stream, XSA with its gate, GDN's convolution
     gdn: str = "torch"
     refused: tuple[str, ...] = ()
 
     def lines(self, reasons: bool = True) -> list[str]:
         """For the banner. reasons: why faster ones do not serve, which on a CPU is no question."""
         return [
-            f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy, heads, residual stream and XSA {'triton' if self.fused else 'plain'}, "
+            f"kernels: full attention {self.full}, windowed {self.windowed}, MLP, cross-entropy, heads, residual stream, XSA and GDN's convolution "
+            f"{'triton' if self.fused else 'plain'}, "
             f"gated delta rule {self.gdn}" + (f" (not: {'; '.join(self.refused)})" if self.refused and reasons else "")
         ]
 
@@ -1848,17 +1849,11 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
         *qkv, z, a, b = joint_linear(x, projections)
-        qkv = torch.cat(qkv, -1)
-        taps = self.conv.to(x.dtype)[:, 0].flip(-1).unbind(-1)  # taps[n] weighs position t-n
-        mixed = qkv * taps[0]
-        if self.taps > 1:
-            for tap, delayed in zip(taps[1:], ctx.shifted(qkv, self.taps - 1, "conv")):
-                mixed = mixed + delayed * tap
-        qk_dim = self.qk_heads * self.head_dim
-        q, k, v = mixed.split((qk_dim, qk_dim, self.v_heads * self.head_dim), -1)
-        feature = F.silu if self.feature_map == "silu" else lambda y: F.elu(y) + 1
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (feature(q), feature(k), F.silu(v)))
-        q, k = (F.normalize(y.float(), dim=-1).to(x.dtype) for y in (q, k))
+        qkv, taps, how = torch.cat(qkv, -1), self.conv[:, 0], (self.qk_heads, self.head_dim, self.feature_map != "silu")
+        if ctx.kernels.fused and ctx.state is None and self.head_dim.bit_count() == 1:
+            q, k, v = kernels.short_conv(qkv, taps, ctx.continues[: self.taps - 1], *how)
+        else:
+            q, k, v = kernels.plain_short_conv([qkv, *(ctx.shifted(qkv, self.taps - 1, "conv") if self.taps > 1 else ())], taps, *how)
         beta = torch.sigmoid(b.float())
         g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)
         if ctx.documents is not None:

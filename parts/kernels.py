@@ -8,6 +8,7 @@
 | `heads_of` | q and k are normed, rotated and scaled in one pass; one more makes the gradient of the joint product of q, k, v | `train_gpt.normed_heads` |
 | `mix_norm` | the backward reads everything once: column sums, and x0's gradient over the layers, included | `plain_mix_norm` |
 | `first_columns` | their gradient goes into those columns alone | `x, x[..., :n]` |
+| `short_conv` | the gated delta rule's convolution, activation and norm: one pass forward, two back | `plain_short_conv` |
 | `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
 | `flash_attention` | flash-attn-4 (CuTe) for full, windowed and by-document attention, with the row's log-sum for sinks | `train_gpt.naive_attention` |
 
@@ -20,7 +21,7 @@ Shapes: M tokens, C model width, N hidden width, V vocabulary, H query heads, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -752,6 +753,192 @@ class _FirstColumns(torch.autograd.Function):
 def first_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """x [..., C] and its first `count` columns. Their gradient goes into x's where that lies, which costs no pass over all columns."""
     return _FirstColumns.apply(x, count)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# q, k, v of the gated delta rule: short causal convolution, activation, norm
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The compiler writes each shift of the convolution out and reads it again, and so for the gradients: 22 of the 73 ms of a step of system A on an
+# H200. Here a block of positions of one head reads its own past, which the caches hold. The backward makes two passes, for a position's gradient
+# needs those of the positions after it: the gradient at the activation, with the sums over positions that the taps get, then the convolution's.
+
+if triton is not None:
+
+    @triton.jit
+    def _convolved(x, taps, rows, here, reach, channels, stride, TAPS: tl.constexpr):
+        y = tl.zeros((rows.shape[0], channels.shape[0]), tl.float32)
+        for n in tl.static_range(TAPS):
+            tap = tl.load(taps + channels * TAPS + (TAPS - 1 - n)).to(tl.float32)
+            at = x + (rows - n)[:, None] * stride + channels[None, :]
+            y += tap[None, :] * tl.load(at, mask=(here & (reach >= n))[:, None], other=0.0).to(tl.float32)
+        return y
+
+    @triton.jit
+    def _feature(y, ELU: tl.constexpr):
+        """The activation and its derivative."""
+        if ELU:
+            below = tl.exp(tl.minimum(y, 0.0))
+            value, slope = tl.where(y > 0, y + 1.0, below), tl.where(y > 0, 1.0, below)
+        else:
+            s = tl.sigmoid(y)
+            value, slope = y * s, s * (1.0 + y * (1.0 - s))
+        return value, slope
+
+    @triton.jit
+    def _short_conv_forward(
+        x, taps, reach, q, k, v, M, stride,
+        H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, TAPS: tl.constexpr, ELU: tl.constexpr, EPS: tl.constexpr,
+    ):  # fmt: skip
+        first, head = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1)
+        rows, d = tl.arange(0, BM), tl.arange(0, D)
+        here = rows < M - first
+        y = _convolved(x + first * stride, taps, rows, here, tl.load(reach + first + rows, mask=here, other=0), head * D + d, stride, TAPS)
+        if head < 2 * H:
+            value, _ = _feature(y, ELU)
+            value = value / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS)[:, None]
+            if head < H:
+                out, width = q + head * D, H * D
+            else:
+                out, width = k + (head - H) * D, H * D
+        else:
+            value, _ = _feature(y, False)
+            out, width = v + (head - 2 * H) * D, V * D
+        tl.store(out + first * width + rows[:, None] * width + d[None, :], value.to(q.dtype.element_ty), mask=here[:, None])
+
+    @triton.jit
+    def _short_conv_backward(
+        x, taps, reach, d_q, d_k, d_v, d_y, d_taps, M, stride,
+        H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
+        ELU: tl.constexpr, EPS: tl.constexpr,
+    ):  # fmt: skip
+        C: tl.constexpr = (2 * H + V) * D
+        head, rows, d, n_of = tl.program_id(1), tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BT)
+        if head < H:
+            incoming, width = d_q + head * D, H * D
+        elif head < 2 * H:
+            incoming, width = d_k + (head - H) * D, H * D
+        else:
+            incoming, width = d_v + (head - 2 * H) * D, V * D
+        sums = tl.zeros((BT, D), tl.float32)
+        for block in range(BLOCKS):
+            first = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BM
+            here = rows < M - first
+            back = tl.load(reach + first + rows, mask=here, other=0)
+            y = _convolved(x + first * stride, taps, rows, here, back, head * D + d, stride, TAPS)
+            g = tl.load(incoming + first * width + rows[:, None] * width + d[None, :], mask=here[:, None], other=0.0).to(tl.float32)
+            if head < 2 * H:
+                value, slope = _feature(y, ELU)
+                norm = tl.sqrt(tl.sum(value * value, 1))
+                unit = value / tl.maximum(norm, EPS)[:, None]
+                along = tl.where(norm > EPS, tl.sum(g * unit, 1), 0.0)
+                g = (g - unit * along[:, None]) / tl.maximum(norm, EPS)[:, None] * slope
+            else:
+                value, slope = _feature(y, False)
+                g = g * slope
+            tl.store(d_y + first * C + rows[:, None] * C + head * D + d[None, :], g.to(d_y.dtype.element_ty), mask=here[:, None])
+            for n in tl.static_range(TAPS):
+                at = x + first * stride + (rows - n)[:, None] * stride + head * D + d[None, :]
+                delayed = tl.load(at, mask=(here & (back >= n))[:, None], other=0.0).to(tl.float32)
+                sums += tl.where(n_of[:, None] == TAPS - 1 - n, tl.sum(g * delayed, 0)[None, :], 0.0)
+        at = d_taps + (tl.program_id(0) * C + head * D + d)[None, :] * TAPS + n_of[:, None]
+        tl.store(at, sums, mask=(n_of < TAPS)[:, None])
+
+    @triton.jit
+    def _short_conv_input(d_y, taps, reach, d_x, M, C, D: tl.constexpr, BM: tl.constexpr, TAPS: tl.constexpr):
+        first = tl.program_id(0).to(tl.int64) * BM
+        rows, channels = tl.arange(0, BM), tl.program_id(1) * D + tl.arange(0, D)
+        gradient = tl.zeros((BM, D), tl.float32)
+        for n in tl.static_range(TAPS):
+            later = rows + n
+            reads = (later < M - first) & (tl.load(reach + first + later, mask=later < M - first, other=0) >= n)
+            tap = tl.load(taps + channels * TAPS + (TAPS - 1 - n)).to(tl.float32)
+            at = d_y + first * C + later[:, None] * C + channels[None, :]
+            gradient += tap[None, :] * tl.load(at, mask=reads[:, None], other=0.0).to(tl.float32)
+        at = d_x + first * C + rows[:, None] * C + channels[None, :]
+        tl.store(at, gradient.to(d_x.dtype.element_ty), mask=(rows < M - first)[:, None])
+
+
+CONV_ROWS, CONV_BLOCKS = 16, 32  # positions of a block, blocks of one program of the backward
+CONV_EPS = 1e-12  # F.normalize's
+
+
+@torch.library.custom_op("golf::short_conv", mutates_args=())
+def _short_conv(x: Tensor, taps: Tensor, reach: Tensor, heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, every = x.size(0), x.size(1) // dim
+    q, k, v = x.new_empty(rows, heads * dim), x.new_empty(rows, heads * dim), x.new_empty(rows, (every - 2 * heads) * dim)
+    _short_conv_forward[(triton.cdiv(rows, CONV_ROWS), every)](
+        x, taps, reach, q, k, v, rows, x.stride(0),
+        H=heads, V=every - 2 * heads, D=dim, BM=CONV_ROWS, TAPS=taps.size(1), ELU=elu, EPS=CONV_EPS, num_warps=4,
+    )  # fmt: skip
+    return q, k, v
+
+
+@_short_conv.register_fake
+def _(x, taps, reach, heads, dim, elu):
+    return x.new_empty(x.size(0), heads * dim), x.new_empty(x.size(0), heads * dim), x.new_empty(x.size(0), x.size(1) - 2 * heads * dim)
+
+
+@torch.library.custom_op("golf::short_conv_backward", mutates_args=())
+def _short_conv_gradient(
+    x: Tensor, taps: Tensor, reach: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, heads: int, dim: int, elu: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of the taps: float32 [programs, C, taps], to be added up."""
+    (rows, width), count = x.shape, taps.size(1)
+    every, programs = width // dim, triton.cdiv(rows, CONV_ROWS * CONV_BLOCKS)
+    d_y, d_x = x.new_empty(rows, width), x.new_empty(rows, width)
+    d_taps = torch.empty(programs, width, count, dtype=torch.float32, device=x.device)
+    _short_conv_backward[(programs, every)](
+        x, taps, reach, d_q, d_k, d_v, d_y, d_taps, rows, x.stride(0), H=heads, V=every - 2 * heads, D=dim, BM=CONV_ROWS, BLOCKS=CONV_BLOCKS,
+        TAPS=count, BT=triton.next_power_of_2(count), ELU=elu, EPS=CONV_EPS, num_warps=4,
+    )  # fmt: skip
+    _short_conv_input[(triton.cdiv(rows, CONV_ROWS), every)](
+        d_y, taps, reach, d_x, rows, width, D=dim, BM=CONV_ROWS, TAPS=count, num_warps=4
+    )
+    return d_x, d_taps
+
+
+@_short_conv_gradient.register_fake
+def _(x, taps, reach, d_q, d_k, d_v, heads, dim, elu):
+    programs = triton.cdiv(x.size(0), CONV_ROWS * CONV_BLOCKS)
+    return x.new_empty(x.shape), x.new_empty(programs, *taps.shape, dtype=torch.float32)
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, taps, reach, heads, dim, elu):
+        ctx.save_for_backward(x, taps, reach)
+        ctx.how = heads, dim, elu
+        return _short_conv(x, taps, reach, heads, dim, elu)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        x, taps, reach = ctx.saved_tensors
+        d_x, d_taps = _short_conv_gradient(x, taps, reach, *(g.contiguous() for g in gradients), *ctx.how)
+        return d_x, d_taps.sum(0).to(taps.dtype), None, None, None, None
+
+
+def short_conv(x: Tensor, taps: Tensor, continues: Sequence[Tensor], heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [B,T,heads,dim] and v [B,T,…,dim] from x [B,T,C], their channels in this order: the causal depthwise convolution with taps [C,n] (the last
+    weighs the position itself), then SiLU (q and k: elu + 1 if `elu`), q and k of length 1. continues: bool [B,T] for each of 1 … n - 1
+    positions back, whether that position exists and is of the same document. dim is a power of two."""
+    reach = sum(
+        (there.to(torch.int8) for there in continues), torch.zeros_like(x[..., 0], dtype=torch.int8)
+    ).flatten()  # nearer ones exist, too
+    parts = _ShortConv.apply(x.flatten(0, 1), taps, reach, heads, dim, elu)
+    return tuple(part.view(*x.shape[:2], -1, dim) for part in parts)
+
+
+def plain_short_conv(shifts: Sequence[Tensor], taps: Tensor, heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of `short_conv`. shifts: x [B,T,C] delayed by 0, 1, … positions, zero where there is no such position."""
+    x = shifts[0]
+    mixed = x * taps[:, -1].to(x.dtype)
+    for n, delayed in enumerate(shifts[1:], 1):
+        mixed = mixed + delayed * taps[:, -1 - n].to(x.dtype)
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in mixed.split((heads * dim, heads * dim, x.size(-1) - 2 * heads * dim), -1))
+    q, k = (F.elu(y) + 1 if elu else F.silu(y) for y in (q, k))
+    q, k = (F.normalize(y.float(), dim=-1).to(x.dtype) for y in (q, k))
+    return q, k, F.silu(v)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -169,8 +169,8 @@ def test_first_columns():
 
 def test_a_model_is_the_same_with_kernels():
     """Skips, parallel layers, recurrence, gates and XSA: the loss and every parameter's gradient, also where an adapter keeps a kernel out."""
-    settings = {"LAYER_PATTERN": "AASA", "UNET_SKIPS": "1", "PARALLEL_START": "3", "LOOP_START": "1", "LOOP_END": "2", "NUM_LOOPS": "1"}
-    extra = {"ATTN_GATE_WIDTH": "4", "MLP_ACT": "leaky_relu2", "VE_LAYERS": "1", "MLP_MULT": "2"}
+    settings = {"LAYER_PATTERN": "AGSA", "UNET_SKIPS": "1", "PARALLEL_START": "3", "LOOP_START": "1", "LOOP_END": "2", "NUM_LOOPS": "1"}
+    extra = {"ATTN_GATE_WIDTH": "4", "MLP_ACT": "leaky_relu2", "VE_LAYERS": "2", "MLP_MULT": "2"}
     cfg = T.resolve_config({**TINY, **settings, **extra, "DEVICE": DEVICE.type})
     model = T.build_model(cfg, DEVICE)
     model.looping = True
@@ -190,6 +190,30 @@ def test_a_model_is_the_same_with_kernels():
     assert plain.keys() == ours.keys()
     for name in plain:
         assert (ours[name] - plain[name]).norm() <= (0.03 if DEVICE.type == "cpu" else 0.1) * plain[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("batch,length,heads,v_heads,taps,elu", [(2, 15, 1, 2, 4, False), (1, 11, 2, 1, 3, True), (3, 1, 1, 2, 1, False)])
+def test_short_conv(batch, length, heads, v_heads, taps, elu, monkeypatch):
+    """More rows than a program takes, documents that begin anywhere, a position without a past, channels read in place."""
+    monkeypatch.setattr(kernels, "CONV_ROWS", 4)
+    monkeypatch.setattr(kernels, "CONV_BLOCKS", 2)
+    width = (2 * heads + v_heads) * 16
+    begins = (torch.rand(batch, length) < 0.2).to(DEVICE)
+    continues, unbroken = [], torch.ones_like(begins)
+    for n in range(1, taps):
+        unbroken = unbroken & ~F.pad(begins, (n - 1, 0))[:, :length] & (torch.arange(length, device=DEVICE) >= n)
+        continues.append(unbroken)
+    inputs = [random(batch, length, width + 8), random(width, taps, dtype=torch.float32)]
+
+    def ours(x, weight):
+        return torch.cat([y.flatten(2) for y in kernels.short_conv(x[..., :width], weight, continues, heads, 16, elu)], -1)
+
+    def twin(x, weight):
+        x = x[..., :width]
+        shifts = [x, *(F.pad(x, (0, 0, n, 0))[:, :length] * there[..., None] for n, there in enumerate(continues, 1))]
+        return torch.cat([y.flatten(2) for y in kernels.plain_short_conv(shifts, weight, heads, 16, elu)], -1)
+
+    compare(ours, twin, inputs, 0.012)
 
 
 @pytest.mark.parametrize("gated", [True, False])
