@@ -1,7 +1,7 @@
 """Score an evaluator that is not trusted, on raw text that it never gets to see ahead (protocol and guarantees: parts/REFEREE.md).
 
     python -m parts.referee RAW.jsonl --tokenizer T.model --read artifact.bin --read evaluate.py -- python evaluate.py artifact.bin --serve
-    python eval_ttt.py ARTIFACT --referee RAW.jsonl [--block 256] [--cuts 1]           the same for an artifact of this project
+    python eval_ttt.py ARTIFACT --referee RAW.jsonl [--block 248] [--cuts 1]           the same for an artifact of this project
 
 The referee alone has the text: it tokenizes it and checks that the tokens decode to it, byte for byte. Two replicas of the evaluator run in sandboxes
 without network, with nothing to read but the submission and Python. Block by block,
@@ -34,6 +34,7 @@ from parts.files import UserError, cli, sha256_file, write_json
 from parts.replica import Replica, ReplicaError, Sandbox
 
 PASS, FAIL, INCOMPLETE = "pass", "fail", "incomplete"
+BLOCK = 248  # targets that are asked for at once: two million have 8,000 cuts
 NORMALIZATION_TOLERANCE = 1e-4  # of a row's sum (the challenge's own)
 
 
@@ -76,7 +77,11 @@ class Judgement:
 
 
 def judge(
-    start: Callable[[], Replica], tokens: np.ndarray, block: int = 256, cuts: int = 1, progress: Callable[[int, float], None] | None = None
+    start: Callable[[], Replica],
+    tokens: np.ndarray,
+    block: int = BLOCK,
+    cuts: int = 1,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Judgement:
     """Run both replicas over the tokens [targets + 1]. start() makes one. cuts: secret ones a block. progress(targets scored, nats so far)."""
     result = Judgement(len(tokens) - 1)
@@ -179,7 +184,7 @@ def referee(
     tokenizer_path: Path,
     read: Sequence[Path],
     command: Sequence[str],
-    block: int = 256,
+    block: int = BLOCK,
     cuts: int = 1,
     log: Callable[[str], None] = print,
 ) -> dict:
@@ -238,7 +243,7 @@ def main() -> int:
     parser.add_argument(
         "--read", type=Path, action="append", default=[], help="a file or folder that the evaluator may read; again for more"
     )
-    parser.add_argument("--block", type=int, default=256, help="targets a block (256)")
+    parser.add_argument("--block", type=int, default=BLOCK, help=f"targets a block ({BLOCK})")
     parser.add_argument("--cuts", type=int, default=1, help="secret cuts a block (1)")
     parser.add_argument("--out", type=Path, help="where to write the result as JSON")
     own, command = sys.argv[1:], []
