@@ -1,13 +1,19 @@
 """The Triton kernels against their plain twins: outputs and every gradient at odd sizes. Without a GPU they run under Triton's interpreter."""
 
 import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import train_gpt as T
 from parts import kernels
@@ -214,6 +220,21 @@ def test_short_conv(batch, length, heads, v_heads, taps, elu, monkeypatch):
         return torch.cat([y.flatten(2) for y in kernels.plain_short_conv(shifts, weight, heads, 16, elu)], -1)
 
     compare(ours, twin, inputs, 0.012)
+
+
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    """What the interpreter does not see: types, layouts, tensor descriptors, and whether a multiprocessor has the memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "tests" / "hopper.py"]
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = json.loads(done.stdout)
+    source = Path(kernels.__file__).read_text()
+    assert set(compiled) == {
+        name for name in re.findall(r"^    def (_\w+)\(", source, re.M) if f"{name}[" in source or f"({name}, " in source
+    }
+    assert max(max(sizes) for sizes in compiled.values()) <= 227 * 1024
 
 
 @pytest.mark.parametrize("gated", [True, False])
