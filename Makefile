@@ -41,8 +41,9 @@ endif
 demo:
 	@$(BIN)/python demo.py
 
+# One thread a worker: numpy's would be two in each, which wait for each other where cores are shared.
 test:
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-gpu:
 	$(BIN)/python -m pytest -m gpu -s
