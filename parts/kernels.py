@@ -931,10 +931,10 @@ def short_conv(x: Tensor, taps: Tensor, continues: Sequence[Tensor], heads: int,
 
 def plain_short_conv(shifts: Sequence[Tensor], taps: Tensor, heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of `short_conv`. shifts: x [B,T,C] delayed by 0, 1, … positions, zero where there is no such position."""
-    x = shifts[0]
-    mixed = x * taps[:, -1].to(x.dtype)
-    for n, delayed in enumerate(shifts[1:], 1):
-        mixed = mixed + delayed * taps[:, -1 - n].to(x.dtype)
+    x, first, *others = shifts[0], *taps.to(shifts[0].dtype).flip(-1).unbind(-1)
+    mixed = x * first
+    for delayed, tap in zip(shifts[1:], others):
+        mixed = mixed + delayed * tap
     q, k, v = (part.unflatten(-1, (-1, dim)) for part in mixed.split((heads * dim, heads * dim, x.size(-1) - 2 * heads * dim), -1))
     q, k = (F.elu(y) + 1 if elu else F.silu(y) for y in (q, k))
     q, k = (F.normalize(y.float(), dim=-1).to(x.dtype) for y in (q, k))
