@@ -12,7 +12,8 @@
 | `exclusive_gate` | XSA and the output gate in one pass each way | `plain_exclusive_gate` |
 | `flash_attention` | flash-attn-4 (CuTe) for full, windowed and by-document attention, with the row's log-sum for sinks | `train_gpt.naive_attention` |
 
-Each kernel runs under Triton's interpreter too (TRITON_INTERPRET=1), which is how tests check its arithmetic without a GPU. The matrix kernels
+Each kernel runs under Triton's interpreter too (TRITON_INTERPRET=1), which is how tests check its arithmetic without a GPU; tests/hopper.py compiles each for
+one. The matrix kernels
 follow the persistent design of modded-nanogpt's records: one program a multiprocessor, operands through tensor descriptors (TMA on Hopper),
 tiles of 128 x 256 x 64, the accumulator stored in two halves.
 
