@@ -3323,9 +3323,8 @@ def set_random_state(generators: list[Tensor]) -> None:
 
 
 RETRY_SECONDS = 30.0  # between attempts to save on a full disk
-LOST_SECONDS = (
-    20.0  # that a step may go on once its end was asked for, before the GPU waits for a rank that is gone; torchrun kills after 30
-)
+# That a step may go on once its end was asked for, before it is taken to wait for a rank that is gone. torchrun kills after 30.
+LOST_SECONDS = 20.0
 
 
 @dataclass

@@ -936,10 +936,11 @@ def plain_short_conv(shifts: Sequence[Tensor], taps: Tensor, heads: int, dim: in
     mixed = x * first
     for delayed, tap in zip(shifts[1:], others):
         mixed = mixed + delayed * tap
-    q, k, v = (part.unflatten(-1, (-1, dim)) for part in mixed.split((heads * dim, heads * dim, x.size(-1) - 2 * heads * dim), -1))
+    q, k, v = mixed.split((heads * dim, heads * dim, x.size(-1) - 2 * heads * dim), -1)
     q, k = (F.elu(y) + 1 if elu else F.silu(y) for y in (q, k))
+    q, k, v = (y.unflatten(-1, (-1, dim)) for y in (q, k, F.silu(v)))
     q, k = (F.normalize(y.float(), dim=-1).to(x.dtype) for y in (q, k))
-    return q, k, F.silu(v)
+    return q, k, v
 
 
 # ----------------------------------------------------------------------------------------------------------------------
