@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -408,7 +409,10 @@ def endless(dataset, folder):
     process = forked.start(
         ROOT / "train_gpt.py", environment=clean_environment(**settings, DEVICE="cpu"), out=folder / "lines", err=folder / "errors"
     )
+    opened = threading.Timer(60, lambda: os.close(os.open(folder / "lines", os.O_WRONLY | os.O_NONBLOCK)))  # one that died would never
+    opened.start()
     with open(folder / "lines") as lines:
+        opened.cancel()
         assert any(line.startswith("step:3/") for line in lines), (folder / "errors").read_text()
         yield process, lines
 
