@@ -1848,11 +1848,15 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
-        *qkv, z, a, b = joint_linear(x, projections)
-        qkv, taps, how = torch.cat(qkv, -1), self.conv[:, 0], (self.qk_heads, self.head_dim, self.feature_map != "silu")
+        taps, how = self.conv[:, 0], (self.qk_heads, self.head_dim, self.feature_map != "silu")
         if ctx.kernels.fused and ctx.state is None and self.head_dim.bit_count() == 1:
-            q, k, v = kernels.short_conv(qkv, taps, ctx.continues[: self.taps - 1], *how)
+            adapted = any(linear.adapter is not None for linear in projections)
+            joint = torch.cat(joint_linear(x, projections), -1) if adapted else joint_product(x, projections)
+            q, k, v, rest = kernels.short_conv(joint, taps, ctx.continues[: self.taps - 1], *how)
+            z, a, b = rest.split([linear.weight.size(0) for linear in projections[3:]], -1)
         else:
+            *qkv, z, a, b = joint_linear(x, projections)
+            qkv = torch.cat(qkv, -1)
             q, k, v = kernels.plain_short_conv([qkv, *(ctx.shifted(qkv, self.taps - 1, "conv") if self.taps > 1 else ())], taps, *how)
         beta = torch.sigmoid(b.float())
         g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)

@@ -767,13 +767,21 @@ def first_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 if triton is not None:
 
     @triton.jit
-    def _convolved(x, taps, rows, here, reach, channels, stride, TAPS: tl.constexpr):
-        y = tl.zeros((rows.shape[0], channels.shape[0]), tl.float32)
-        for n in tl.static_range(TAPS):
-            tap = tl.load(taps + channels * TAPS + (TAPS - 1 - n)).to(tl.float32)
-            at = x + (rows - n)[:, None] * stride + channels[None, :]
-            y += tap[None, :] * tl.load(at, mask=(here & (reach >= n))[:, None], other=0.0).to(tl.float32)
-        return y
+    def _window(x, rows, first, M, reach, channels, STRIDE: tl.constexpr, LATER: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr):
+        """float32 [BT, rows, channels]: x as many positions back (LATER: on) as the first index says, zero where none is or the convolution does not
+        reach. What says so is loaded beside what it masks, not before it."""
+        n = tl.arange(0, BT)[:, None]
+        at = rows[None, :] + n if LATER else rows[None, :] - n
+        there = (first + at >= 0) & (first + at < M) & (n < TAPS)
+        asked = first + (at if LATER else rows[None, :])
+        far = tl.load(reach + asked, mask=(asked < M) & there, other=0)
+        values = tl.load(x + first * STRIDE + at[:, :, None] * STRIDE + channels[None, None, :], mask=there[:, :, None], other=0.0)
+        return tl.where((far >= n)[:, :, None], values.to(tl.float32), 0.0)
+
+    @triton.jit
+    def _taps(taps, channels, C: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr):
+        n = tl.arange(0, BT)[:, None]
+        return tl.load(taps + n * C + channels[None, :], mask=n < TAPS, other=0.0).to(tl.float32)[:, None, :]
 
     @triton.jit
     def _feature(y, ELU: tl.constexpr):
@@ -788,13 +796,16 @@ if triton is not None:
 
     @triton.jit
     def _short_conv_forward(
-        x, taps, reach, q, k, v, M, stride,
-        H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, TAPS: tl.constexpr, ELU: tl.constexpr, EPS: tl.constexpr,
+        x, taps, reach, q, k, v, M, STRIDE: tl.constexpr,
+        H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
+        ELU: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
+        C: tl.constexpr = (2 * H + V) * D
         first, head = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1)
         rows, d = tl.arange(0, BM), tl.arange(0, D)
         here = rows < M - first
-        y = _convolved(x + first * stride, taps, rows, here, tl.load(reach + first + rows, mask=here, other=0), head * D + d, stride, TAPS)
+        channels = head * D + d
+        y = tl.sum(_taps(taps, channels, C, TAPS, BT) * _window(x, rows, first, M, reach, channels, STRIDE, False, TAPS, BT), 0)
         if head < 2 * H:
             value, _ = _feature(y, ELU)
             value = value / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS)[:, None]
@@ -809,7 +820,7 @@ if triton is not None:
 
     @triton.jit
     def _short_conv_backward(
-        x, taps, reach, d_q, d_k, d_v, d_y, d_taps, M, stride,
+        x, taps, reach, d_q, d_k, d_v, d_y, d_taps, M, STRIDE: tl.constexpr,
         H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
         ELU: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
@@ -821,12 +832,13 @@ if triton is not None:
             incoming, width = d_k + (head - H) * D, H * D
         else:
             incoming, width = d_v + (head - 2 * H) * D, V * D
-        sums = tl.zeros((BT, D), tl.float32)
+        channels = head * D + d
+        tap, sums = _taps(taps, channels, C, TAPS, BT), tl.zeros((BT, BM, D), tl.float32)
         for block in range(BLOCKS):
             first = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BM
             here = rows < M - first
-            back = tl.load(reach + first + rows, mask=here, other=0)
-            y = _convolved(x + first * stride, taps, rows, here, back, head * D + d, stride, TAPS)
+            window = _window(x, rows, first, M, reach, channels, STRIDE, False, TAPS, BT)
+            y = tl.sum(tap * window, 0)
             g = tl.load(incoming + first * width + rows[:, None] * width + d[None, :], mask=here[:, None], other=0.0).to(tl.float32)
             if head < 2 * H:
                 value, slope = _feature(y, ELU)
@@ -838,96 +850,106 @@ if triton is not None:
                 value, slope = _feature(y, False)
                 g = g * slope
             tl.store(d_y + first * C + rows[:, None] * C + head * D + d[None, :], g.to(d_y.dtype.element_ty), mask=here[:, None])
-            for n in tl.static_range(TAPS):
-                at = x + first * stride + (rows - n)[:, None] * stride + head * D + d[None, :]
-                delayed = tl.load(at, mask=(here & (back >= n))[:, None], other=0.0).to(tl.float32)
-                sums += tl.where(n_of[:, None] == TAPS - 1 - n, tl.sum(g * delayed, 0)[None, :], 0.0)
-        at = d_taps + (tl.program_id(0) * C + head * D + d)[None, :] * TAPS + n_of[:, None]
-        tl.store(at, sums, mask=(n_of < TAPS)[:, None])
+            sums += g[None, :, :] * window
+        at = d_taps + (tl.program_id(0) * TAPS + n_of)[:, None] * C + channels[None, :]
+        tl.store(at, tl.sum(sums, 1), mask=(n_of < TAPS)[:, None])
 
     @triton.jit
-    def _short_conv_input(d_y, taps, reach, d_x, M, C, D: tl.constexpr, BM: tl.constexpr, TAPS: tl.constexpr):
-        first = tl.program_id(0).to(tl.int64) * BM
-        rows, channels = tl.arange(0, BM), tl.program_id(1) * D + tl.arange(0, D)
-        gradient = tl.zeros((BM, D), tl.float32)
-        for n in tl.static_range(TAPS):
-            later = rows + n
-            reads = (later < M - first) & (tl.load(reach + first + later, mask=later < M - first, other=0) >= n)
-            tap = tl.load(taps + channels * TAPS + (TAPS - 1 - n)).to(tl.float32)
-            at = d_y + first * C + later[:, None] * C + channels[None, :]
-            gradient += tap[None, :] * tl.load(at, mask=reads[:, None], other=0.0).to(tl.float32)
-        at = d_x + first * C + rows[:, None] * C + channels[None, :]
-        tl.store(at, gradient.to(d_x.dtype.element_ty), mask=(rows < M - first)[:, None])
+    def _short_conv_input(
+        d_y, taps, reach, d_rest, d_joint, M,
+        C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
+    ):  # fmt: skip
+        """The gradient of the product's C columns that are convolved, and the R others' as they come."""
+        first, block = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1)
+        rows, columns = tl.arange(0, BM), block * D + tl.arange(0, D)
+        at, here = d_joint + first * (C + R) + rows[:, None] * (C + R) + columns[None, :], (rows < M - first)[:, None]
+        if block * D < C:
+            window = _window(d_y, rows, first, M, reach, columns, C, True, TAPS, BT)
+            tl.store(at, tl.sum(_taps(taps, columns, C, TAPS, BT) * window, 0).to(d_joint.dtype.element_ty), mask=here)
+        else:
+            there = here & (columns < C + R)[None, :]
+            tl.store(at, tl.load(d_rest + first * R + rows[:, None] * R + (columns - C)[None, :], mask=there), mask=there)
 
 
-CONV_ROWS, CONV_BLOCKS = 16, 32  # positions of a block, blocks of one program of the backward
+# Positions of a block and warps: forward, backward, gradient of the input; blocks of one program of the backward.
+CONV_TILES, CONV_BLOCKS = ((16, 4), (16, 4), (16, 4)), 32
 CONV_EPS = 1e-12  # F.normalize's
 
 
+def _conv_programs(rows: int) -> int:
+    return triton.cdiv(rows, CONV_TILES[1][0] * CONV_BLOCKS)
+
+
 @torch.library.custom_op("golf::short_conv", mutates_args=())
-def _short_conv(x: Tensor, taps: Tensor, reach: Tensor, heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, every = x.size(0), x.size(1) // dim
-    q, k, v = x.new_empty(rows, heads * dim), x.new_empty(rows, heads * dim), x.new_empty(rows, (every - 2 * heads) * dim)
-    _short_conv_forward[(triton.cdiv(rows, CONV_ROWS), every)](
-        x, taps, reach, q, k, v, rows, x.stride(0),
-        H=heads, V=every - 2 * heads, D=dim, BM=CONV_ROWS, TAPS=taps.size(1), ELU=elu, EPS=CONV_EPS, num_warps=4,
+def _short_conv(joint: Tensor, taps: Tensor, reach: Tensor, heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (count, channels), rows, (block, warps) = taps.shape, joint.size(0), CONV_TILES[0]
+    every = channels // dim
+    q, k, v = joint.new_empty(rows, heads * dim), joint.new_empty(rows, heads * dim), joint.new_empty(rows, channels - 2 * heads * dim)
+    _short_conv_forward[(triton.cdiv(rows, block), every)](
+        joint, taps, reach, q, k, v, rows, joint.stride(0), H=heads, V=every - 2 * heads, D=dim, BM=block,
+        TAPS=count, BT=triton.next_power_of_2(count), ELU=elu, EPS=CONV_EPS, num_warps=warps,
     )  # fmt: skip
     return q, k, v
 
 
 @_short_conv.register_fake
-def _(x, taps, reach, heads, dim, elu):
-    return x.new_empty(x.size(0), heads * dim), x.new_empty(x.size(0), heads * dim), x.new_empty(x.size(0), x.size(1) - 2 * heads * dim)
+def _(joint, taps, reach, heads, dim, elu):
+    rows, q = joint.size(0), heads * dim
+    return joint.new_empty(rows, q), joint.new_empty(rows, q), joint.new_empty(rows, taps.size(1) - 2 * q)
 
 
 @torch.library.custom_op("golf::short_conv_backward", mutates_args=())
 def _short_conv_gradient(
-    x: Tensor, taps: Tensor, reach: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, heads: int, dim: int, elu: bool
+    joint: Tensor, taps: Tensor, reach: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_rest: Tensor, heads: int, dim: int, elu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and of the taps: float32 [programs, C, taps], to be added up."""
-    (rows, width), count = x.shape, taps.size(1)
-    every, programs = width // dim, triton.cdiv(rows, CONV_ROWS * CONV_BLOCKS)
-    d_y, d_x = x.new_empty(rows, width), x.new_empty(rows, width)
-    d_taps = torch.empty(programs, width, count, dtype=torch.float32, device=x.device)
+    """Gradients of the product, and of the taps: float32 [programs, n, C], to be added up."""
+    (count, channels), rows, rest = taps.shape, joint.size(0), d_rest.size(1)
+    _, (block, warps), (input_block, input_warps) = CONV_TILES
+    every, programs, padded = channels // dim, _conv_programs(rows), triton.next_power_of_2(count)
+    d_y, d_joint = joint.new_empty(rows, channels), joint.new_empty(rows, channels + rest)
+    d_taps = torch.empty(programs, count, channels, dtype=torch.float32, device=joint.device)
     _short_conv_backward[(programs, every)](
-        x, taps, reach, d_q, d_k, d_v, d_y, d_taps, rows, x.stride(0), H=heads, V=every - 2 * heads, D=dim, BM=CONV_ROWS, BLOCKS=CONV_BLOCKS,
-        TAPS=count, BT=triton.next_power_of_2(count), ELU=elu, EPS=CONV_EPS, num_warps=4,
+        joint, taps, reach, d_q, d_k, d_v, d_y, d_taps, rows, joint.stride(0), H=heads, V=every - 2 * heads, D=dim, BM=block, BLOCKS=CONV_BLOCKS,
+        TAPS=count, BT=padded, ELU=elu, EPS=CONV_EPS, num_warps=warps,
     )  # fmt: skip
-    _short_conv_input[(triton.cdiv(rows, CONV_ROWS), every)](
-        d_y, taps, reach, d_x, rows, width, D=dim, BM=CONV_ROWS, TAPS=count, num_warps=4
-    )
-    return d_x, d_taps
+    _short_conv_input[(triton.cdiv(rows, input_block), every + triton.cdiv(rest, dim))](
+        d_y, taps, reach, d_rest, d_joint, rows, C=channels, R=rest, D=dim, BM=input_block, TAPS=count, BT=padded, num_warps=input_warps,
+    )  # fmt: skip
+    return d_joint, d_taps
 
 
 @_short_conv_gradient.register_fake
-def _(x, taps, reach, d_q, d_k, d_v, heads, dim, elu):
-    programs = triton.cdiv(x.size(0), CONV_ROWS * CONV_BLOCKS)
-    return x.new_empty(x.shape), x.new_empty(programs, *taps.shape, dtype=torch.float32)
+def _(joint, taps, reach, d_q, d_k, d_v, d_rest, heads, dim, elu):
+    return joint.new_empty(joint.shape), joint.new_empty(_conv_programs(joint.size(0)), *taps.shape, dtype=torch.float32)
 
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, taps, reach, heads, dim, elu):
-        ctx.save_for_backward(x, taps, reach)
+    def forward(ctx, joint, taps, reach, heads, dim, elu):
+        ctx.save_for_backward(joint, taps, reach)
         ctx.how = heads, dim, elu
-        return _short_conv(x, taps, reach, heads, dim, elu)
+        return *_short_conv(joint, taps, reach, heads, dim, elu), joint[:, taps.size(1) :]
 
     @staticmethod
     def backward(ctx, *gradients):
-        x, taps, reach = ctx.saved_tensors
-        d_x, d_taps = _short_conv_gradient(x, taps, reach, *(g.contiguous() for g in gradients), *ctx.how)
-        return d_x, d_taps.sum(0).to(taps.dtype), None, None, None, None
+        joint, taps, reach = ctx.saved_tensors
+        d_joint, d_taps = _short_conv_gradient(joint, taps, reach, *(g.contiguous() for g in gradients), *ctx.how)
+        return d_joint, d_taps.sum(0).to(taps.dtype), None, None, None, None
 
 
-def short_conv(x: Tensor, taps: Tensor, continues: Sequence[Tensor], heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k [B,T,heads,dim] and v [B,T,…,dim] from x [B,T,C], their channels in this order: the causal depthwise convolution with taps [C,n] (the last
-    weighs the position itself), then SiLU (q and k: elu + 1 if `elu`), q and k of length 1. continues: bool [B,T] for each of 1 … n - 1
-    positions back, whether that position exists and is of the same document. dim is a power of two."""
+def short_conv(
+    joint: Tensor, taps: Tensor, continues: Sequence[Tensor], heads: int, dim: int, elu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k [B,T,heads,dim] and v [B,T,…,dim] from the first C columns of a product [B,T,≥C], their channels in this order: the causal depthwise
+    convolution with taps [C,n] (the last weighs the position itself), then SiLU (q and k: elu + 1 if `elu`), q and k of length 1. Then the product's
+    other columns, whose gradient travels with the convolution's. continues: bool [B,T] for each of 1 … n - 1 positions back, whether that position
+    exists and is of the same document. dim is a power of two."""
     reach = sum(
-        (there.to(torch.int8) for there in continues), torch.zeros_like(x[..., 0], dtype=torch.int8)
+        (there.to(torch.int8) for there in continues), torch.zeros_like(joint[..., 0], dtype=torch.int8)
     ).flatten()  # nearer ones exist, too
-    parts = _ShortConv.apply(x.flatten(0, 1), taps, reach, heads, dim, elu)
-    return tuple(part.view(*x.shape[:2], -1, dim) for part in parts)
+    by_distance = taps.flip(-1).t().contiguous()  # [n,C]: what a thread reads of it lies together
+    *parts, rest = _ShortConv.apply(joint.flatten(0, 1), by_distance, reach, heads, dim, elu)
+    return *(part.view(*joint.shape[:2], -1, dim) for part in parts), rest.view(*joint.shape[:2], -1)
 
 
 def plain_short_conv(shifts: Sequence[Tensor], taps: Tensor, heads: int, dim: int, elu: bool) -> tuple[Tensor, Tensor, Tensor]:

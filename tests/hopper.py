@@ -47,7 +47,7 @@ def main() -> None:
         kernels.heads_of(zeros(1, 256, 1024), angle, angle, zeros(8, dtype=control), 4, 1, 2),
         kernels.mix_norm(x, x, zeros(2, 512, dtype=control), one, readers=1),
         (kernels.exclusive_gate(zeros(1, 256, 8, 64), zeros(1, 256, 4, 64), zeros(1, 256, 8)),),
-        kernels.short_conv(zeros(1, 256, 1536), zeros(1536, 4, dtype=control), [there] * 3, 8, 64, False),
+        kernels.short_conv(zeros(1, 256, 2064), zeros(1536, 4, dtype=control), [there] * 3, 8, 64, False),
         kernels.first_columns(x, 12),
     ):
         sum(result.sum() for result in results).backward()

@@ -201,7 +201,7 @@ def test_a_model_is_the_same_with_kernels():
 @pytest.mark.parametrize("batch,length,heads,v_heads,taps,elu", [(2, 15, 1, 2, 4, False), (1, 11, 2, 1, 3, True), (3, 1, 1, 2, 1, False)])
 def test_short_conv(batch, length, heads, v_heads, taps, elu, monkeypatch):
     """More rows than a program takes, documents that begin anywhere, a position without a past, channels read in place."""
-    monkeypatch.setattr(kernels, "CONV_ROWS", 4)
+    monkeypatch.setattr(kernels, "CONV_TILES", ((4, 4), (4, 4), (8, 4)))
     monkeypatch.setattr(kernels, "CONV_BLOCKS", 2)
     width = (2 * heads + v_heads) * 16
     begins = (torch.rand(batch, length) < 0.2).to(DEVICE)
@@ -209,15 +209,16 @@ def test_short_conv(batch, length, heads, v_heads, taps, elu, monkeypatch):
     for n in range(1, taps):
         unbroken = unbroken & ~F.pad(begins, (n - 1, 0))[:, :length] & (torch.arange(length, device=DEVICE) >= n)
         continues.append(unbroken)
-    inputs = [random(batch, length, width + 8), random(width, taps, dtype=torch.float32)]
+    inputs = [random(batch, length, width + 24), random(width, taps, dtype=torch.float32)]
 
     def ours(x, weight):
-        return torch.cat([y.flatten(2) for y in kernels.short_conv(x[..., :width], weight, continues, heads, 16, elu)], -1)
+        *heads_of, rest = kernels.short_conv(x, weight, continues, heads, 16, elu)
+        return torch.cat([*(y.flatten(2) for y in heads_of), rest.square()], -1)
 
     def twin(x, weight):
-        x = x[..., :width]
+        x, rest = x[..., :width], x[..., width:]
         shifts = [x, *(F.pad(x, (0, 0, n, 0))[:, :length] * there[..., None] for n, there in enumerate(continues, 1))]
-        return torch.cat([y.flatten(2) for y in kernels.plain_short_conv(shifts, weight, heads, 16, elu)], -1)
+        return torch.cat([*(y.flatten(2) for y in kernels.plain_short_conv(shifts, weight, heads, 16, elu)), rest.square()], -1)
 
     compare(ours, twin, inputs, 0.012)
 
