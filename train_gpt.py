@@ -2277,6 +2277,10 @@ def compile_mode(cfg: RunConfig, device: torch.device) -> str:
     return "blocks" if device.type == "cuda" else "0"
 
 
+# Rows of a width that is no multiple of 128 bytes would be padded, and copied for each of our kernels that wants them close together.
+COMPILER_OPTIONS = {"comprehensive_padding": False}
+
+
 def maybe_compile(model: GPT, cfg: RunConfig) -> Callable[..., Tensor]:
     """The model's forward, compiled as COMPILE says. Same weights: `model` itself stays usable, uncompiled.
 
@@ -2289,8 +2293,9 @@ def maybe_compile(model: GPT, cfg: RunConfig) -> Callable[..., Tensor]:
     # Kinds of block x shapes x gradient modes are counted against one limit, beyond which a whole graph is refused.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if mode == "whole":
-        return torch.compile(model, dynamic=False, fullgraph=True)
-    compiled = Regions(*(torch.compile(region, dynamic=False, fullgraph=True) for region in (run_embedding, run_block, output_head)))
+        return torch.compile(model, dynamic=False, fullgraph=True, options=COMPILER_OPTIONS)
+    regions = (run_embedding, run_block, output_head)
+    compiled = Regions(*(torch.compile(region, dynamic=False, fullgraph=True, options=COMPILER_OPTIONS) for region in regions))
 
     def forward(*args, **kwargs) -> Tensor:
         eager, model.regions = model.regions, compiled

@@ -763,6 +763,7 @@ def first_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 # The compiler writes each shift of the convolution out and reads it again, and so for the gradients: 22 of the 73 ms of a step of system A on an
 # H200. Here a block of positions of one head reads its own past, which the caches hold. The backward makes two passes, for a position's gradient
 # needs those of the positions after it: the gradient at the activation, with the sums over positions that the taps get, then the convolution's.
+# Programs go over the heads first: neighbours read neighbouring memory.
 
 if triton is not None:
 
@@ -801,14 +802,14 @@ if triton is not None:
         ELU: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
         C: tl.constexpr = (2 * H + V) * D
-        first, head = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1)
+        first, head = (tl.program_id(0) // (2 * H + V)).to(tl.int64) * BM, tl.program_id(0) % (2 * H + V)
         rows, d = tl.arange(0, BM), tl.arange(0, D)
         here = rows < M - first
         channels = head * D + d
         y = tl.sum(_taps(taps, channels, C, TAPS, BT) * _window(x, rows, first, M, reach, channels, STRIDE, False, TAPS, BT), 0)
         if head < 2 * H:
             value, _ = _feature(y, ELU)
-            value = value / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS)[:, None]
+            value = value * (1.0 / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS))[:, None]
             if head < H:
                 out, width = q + head * D, H * D
             else:
@@ -825,7 +826,8 @@ if triton is not None:
         ELU: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
         C: tl.constexpr = (2 * H + V) * D
-        head, rows, d, n_of = tl.program_id(1), tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BT)
+        part, head = tl.program_id(0) // (2 * H + V), tl.program_id(0) % (2 * H + V)
+        rows, d, n_of = tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BT)
         if head < H:
             incoming, width = d_q + head * D, H * D
         elif head < 2 * H:
@@ -835,7 +837,7 @@ if triton is not None:
         channels = head * D + d
         tap, sums = _taps(taps, channels, C, TAPS, BT), tl.zeros((BT, BM, D), tl.float32)
         for block in range(BLOCKS):
-            first = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BM
+            first = (part.to(tl.int64) * BLOCKS + block) * BM
             here = rows < M - first
             window = _window(x, rows, first, M, reach, channels, STRIDE, False, TAPS, BT)
             y = tl.sum(tap * window, 0)
@@ -843,15 +845,16 @@ if triton is not None:
             if head < 2 * H:
                 value, slope = _feature(y, ELU)
                 norm = tl.sqrt(tl.sum(value * value, 1))
-                unit = value / tl.maximum(norm, EPS)[:, None]
+                inverse = 1.0 / tl.maximum(norm, EPS)
+                unit = value * inverse[:, None]
                 along = tl.where(norm > EPS, tl.sum(g * unit, 1), 0.0)
-                g = (g - unit * along[:, None]) / tl.maximum(norm, EPS)[:, None] * slope
+                g = (g - unit * along[:, None]) * inverse[:, None] * slope
             else:
                 value, slope = _feature(y, False)
                 g = g * slope
             tl.store(d_y + first * C + rows[:, None] * C + head * D + d[None, :], g.to(d_y.dtype.element_ty), mask=here[:, None])
             sums += g[None, :, :] * window
-        at = d_taps + (tl.program_id(0) * TAPS + n_of)[:, None] * C + channels[None, :]
+        at = d_taps + (part * TAPS + n_of)[:, None] * C + channels[None, :]
         tl.store(at, tl.sum(sums, 1), mask=(n_of < TAPS)[:, None])
 
     @triton.jit
@@ -860,7 +863,8 @@ if triton is not None:
         C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
         """The gradient of the product's C columns that are convolved, and the R others' as they come."""
-        first, block = tl.program_id(0).to(tl.int64) * BM, tl.program_id(1)
+        blocks: tl.constexpr = (C + R + D - 1) // D
+        first, block = (tl.program_id(0) // blocks).to(tl.int64) * BM, tl.program_id(0) % blocks
         rows, columns = tl.arange(0, BM), block * D + tl.arange(0, D)
         at, here = d_joint + first * (C + R) + rows[:, None] * (C + R) + columns[None, :], (rows < M - first)[:, None]
         if block * D < C:
@@ -872,7 +876,7 @@ if triton is not None:
 
 
 # Positions of a block and warps: forward, backward, gradient of the input; blocks of one program of the backward.
-CONV_TILES, CONV_BLOCKS = ((16, 4), (16, 4), (16, 4)), 32
+CONV_TILES, CONV_BLOCKS = ((16, 2), (4, 1), (32, 4)), 16
 CONV_EPS = 1e-12  # F.normalize's
 
 
@@ -885,7 +889,7 @@ def _short_conv(joint: Tensor, taps: Tensor, reach: Tensor, heads: int, dim: int
     (count, channels), rows, (block, warps) = taps.shape, joint.size(0), CONV_TILES[0]
     every = channels // dim
     q, k, v = joint.new_empty(rows, heads * dim), joint.new_empty(rows, heads * dim), joint.new_empty(rows, channels - 2 * heads * dim)
-    _short_conv_forward[(triton.cdiv(rows, block), every)](
+    _short_conv_forward[(triton.cdiv(rows, block) * every,)](
         joint, taps, reach, q, k, v, rows, joint.stride(0), H=heads, V=every - 2 * heads, D=dim, BM=block,
         TAPS=count, BT=triton.next_power_of_2(count), ELU=elu, EPS=CONV_EPS, num_warps=warps,
     )  # fmt: skip
@@ -908,11 +912,11 @@ def _short_conv_gradient(
     every, programs, padded = channels // dim, _conv_programs(rows), triton.next_power_of_2(count)
     d_y, d_joint = joint.new_empty(rows, channels), joint.new_empty(rows, channels + rest)
     d_taps = torch.empty(programs, count, channels, dtype=torch.float32, device=joint.device)
-    _short_conv_backward[(programs, every)](
+    _short_conv_backward[(programs * every,)](
         joint, taps, reach, d_q, d_k, d_v, d_y, d_taps, rows, joint.stride(0), H=heads, V=every - 2 * heads, D=dim, BM=block, BLOCKS=CONV_BLOCKS,
         TAPS=count, BT=padded, ELU=elu, EPS=CONV_EPS, num_warps=warps,
     )  # fmt: skip
-    _short_conv_input[(triton.cdiv(rows, input_block), every + triton.cdiv(rest, dim))](
+    _short_conv_input[(triton.cdiv(rows, input_block) * triton.cdiv(channels + rest, dim),)](
         d_y, taps, reach, d_rest, d_joint, rows, C=channels, R=rest, D=dim, BM=input_block, TAPS=count, BT=padded, num_warps=input_warps,
     )  # fmt: skip
     return d_joint, d_taps
