@@ -634,6 +634,22 @@ def test_a_kept_queue_is_in_the_tables(tmp_path):
         records.with_tables(page, home)
 
 
+def test_runs_of_two_vocabularies_are_told_apart(tmp_path):
+    """Alike but for the bytes a token stands for: the tables say it, and the picture's losses are of the commonest alone."""
+    for folder, nats in (("a/logs", 2.5), ("a/case", 2.25), ("b/logs", 2.5)):
+        run = kept(tmp_path / folder, 1.0, max_wallclock_seconds=300.0, preset=folder[0])
+        path = run.folder / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"val_bpb": 1.0, "bytes', f'"val_loss": {nats}, "val_bpb": 1.0, "bytes'))
+        (run.folder.parent / "config.env").write_text("")
+    board = tmp_path / "README.md"
+    board.write_text("<!-- make records: leaderboard -->\n<!-- end -->\n")
+    text = records.with_tables(board, tmp_path)
+    assert sorted(re.findall(r"300 s, 1 × H100([^|]*) \|", text)) == ["", ", 3.25 bytes a token", ", 3.61 bytes a token"]
+    assert [line.label for line in records.picture(tmp_path).series] == ["a", "b"]
+    shutil.rmtree(tmp_path / "a" / "case")
+    assert "bytes a token" not in records.with_tables(board, tmp_path)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures and the page
 # ----------------------------------------------------------------------------------------------------------------------

@@ -416,7 +416,7 @@ def test_blocks_of_one_kind_share_a_graph(monkeypatch):
     from torch._dynamo.testing import CompileCounter
 
     counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
+    monkeypatch.setattr(torch, "compile", lambda function, options, **how: compile_(function, backend=counter, **how))
     torch._dynamo.reset()
     model, ids = (
         make({**EVERYTHING, "LAYER_PATTERN": "GGGTAAAG", "PARALLEL_START": "6", "VE_LAYERS": "", "SHARED_LAYERS": ""}),

@@ -42,12 +42,12 @@ class Group:
 
 
 def group_runs(runs: Sequence[Result]) -> list[Group]:
-    """Runs of equal settings but for the seed, under the name that a queue gave them, else the first one's."""
+    """Runs of equal settings and vocabulary but for the seed, under the name that a queue gave them, else the first one's."""
     names = Counter(run.name for run in runs)
     groups: dict[tuple, Group] = {}
     for run in runs:
         settings = tuple(sorted((name, str(value)) for name, value in run.config.items() if name not in LOCAL_SETTINGS))
-        key = (run.folder.parent, run.variant) if run.variant else settings or run.folder
+        key = (run.folder.parent, run.variant) if run.variant else (settings, run.bytes_a_token) if settings else run.folder
         groups.setdefault(key, Group(run.variant or (run.name if names[run.name] == 1 else str(run.folder)))).runs.append(run)
     return list(groups.values())
 

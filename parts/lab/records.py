@@ -28,7 +28,7 @@ from parts.lab.queue import ROOT
 from parts.lab.results import METRICS, Result, find_runs, read_runs
 
 BLOCK = re.compile(r"(<!-- make records: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PICTURE, PICTURE_VOCABULARY = "curves", 8192  # README's, and most presets'
+PICTURE = "curves"  # README's
 # What is kept of a run: what its figures come from, and its logs. No weights.
 KEPT = ("lab.json", "config.json", "metrics.jsonl", "train.log", "quantize.json", "eval.json", "quantization_table.json")
 KEPT_LOGS = ("*.out", "quantize.log", "eval.log")
@@ -64,11 +64,17 @@ def hardware(run: Result) -> str:
     return f"{start.get('world_size', 1)} × {name}"
 
 
-def what_ran(group: Group) -> str:
-    """`300 s, 1 × H100`: the budget that was set, or what it took."""
+def what_ran(group: Group, among: Sequence[Group]) -> str:
+    """`300 s, 1 × H100`: the budget that was set, or what it took; with what tells its vocabulary where another of the groups is alike."""
+
+    def text(run: Result) -> str:
+        seconds = run.config.get("max_wallclock_seconds") or run.last("done").get("train_seconds") or 0
+        return f"{seconds:.0f} s, {hardware(run)}"
+
     run = group.runs[0]
-    seconds = run.config.get("max_wallclock_seconds") or run.last("done").get("train_seconds") or 0
-    return f"{seconds:.0f} s, {hardware(run)}"
+    others = [other.runs[0] for other in among if other is not group and text(other.runs[0]) == text(run)]
+    said = any(other.bytes_a_token != run.bytes_a_token for other in others)
+    return text(run) + (f", {run.bytes_a_token:.2f} bytes a token" if said and run.bytes_a_token else "")
 
 
 def audit_text(evaluations: Sequence[dict]) -> str:
@@ -111,12 +117,13 @@ def leaderboard(records: Path, file: Path) -> Iterator[str]:
     base = "" if file.parent == records else f"{records.name}/"
     for record in sorted(path.parent for path in records.glob("*/config.env")):
         card = known.get(record.name, {})
-        for group in kept_groups(record):
+        groups = kept_groups(record)
+        for group in groups:
             runs = group.runs
             scores = [mean([run.bpb(metric) for run in runs]) for metric in ("float", "artifact", "ttt", "experts")]
             best = min(statistics.fmean(values.values()) for metric in METRICS if (values := group.scores(metric)))
             name = f"[{' '.join(filter(None, (card.get('system'), record.name)))}]({base}{record.name}/)"
-            row = [name, what_ran(group), *scores, str(len(runs))]
+            row = [name, what_ran(group, groups), *scores, str(len(runs))]
             row += [
                 middle([run.bytes_total for run in runs], lambda size: f"{size:,.0f}"),
                 middle([run.tokens_per_second for run in runs], si),
@@ -151,14 +158,14 @@ def how_it_learned(config: dict) -> str:
     return f"{config.get('ttt_optimizer')}, epochs: {config.get('ttt_epochs')}, weights: {config.get('ttt_params')}"
 
 
-def results_column(record: Path, group: Group, name: str) -> dict[str, str]:
+def results_column(record: Path, group: Group, among: Sequence[Group], name: str) -> dict[str, str]:
     """The figures of a group with one of its evaluations, by row."""
     runs = group.runs
     scored = [evaluations_of(run).get(name, {}) for run in runs]
     config = {**group.settings, **next((scores["config"] for scores in scored if scores.get("config")), {})}
     done, quantized, first = [run.last("done") for run in runs], [run.quantized for run in runs], scored[0]
     column = {
-        "run": what_ran(group) + (f", {name}" if name not in ("", "eval.json") else ""),
+        "run": what_ran(group, among) + (f", {name}" if name not in ("", "eval.json") else ""),
         "seeds": ", ".join(str(run.seed) for run in runs),
         "steps, tokens": middle([d.get("steps") for d in done], lambda n: f"{n:,.0f}") + ", " + middle([d.get("tokens") for d in done], si),
         "tokens/s over the run, peak memory": middle([run.tokens_per_second for run in runs], si)
@@ -208,10 +215,10 @@ def results_column(record: Path, group: Group, name: str) -> dict[str, str]:
 
 def results(records: Path, file: Path) -> Iterator[str]:
     record = file.parent
-    columns = []
-    for group in kept_groups(record):
+    columns, groups = [], kept_groups(record)
+    for group in groups:
         names = {name: None for run in group.runs for name in evaluations_of(run)}
-        columns += [results_column(record, group, name) for name in names]
+        columns += [results_column(record, group, groups, name) for name in names]
     if not columns:
         raise UserError(f"{record}: no finished run is kept there")
     titles = list(dict.fromkeys(title for column in columns for title in column))
@@ -298,13 +305,16 @@ def marked_files(records: Path = ROOT / "records") -> list[Path]:
 def picture(records: Path = ROOT / "records") -> Figure | None:
     """README's: each preset's longest kept run, by val_bpb where any was validated on its way, else by training loss.
 
-    The loss is of the runs with one vocabulary alone: nats a token do not compare between two.
+    The loss is of the runs with the commonest vocabulary alone: nats a token do not compare between two.
     """
-    groups = [group for config in sorted(records.glob("*/config.env")) for group in kept_groups(config.parent)[:1]]
-    runs = [run for group in groups for run in group.runs]
+    kept = [kept_groups(config.parent) for config in sorted(records.glob("*/config.env"))]
+    runs = [run for groups in kept for group in groups[:1] for run in group.runs]
     kind = "val_bpb"
     if not any(len(line) > 1 for run in runs for line in validations(run)):
-        kind, runs = "loss", [run for run in runs if run.config.get("vocab_size") == PICTURE_VOCABULARY]
+        known = [group.runs[0].bytes_a_token for groups in kept for group in groups if group.runs[0].bytes_a_token]
+        commonest = statistics.mode(known) if known else 0.0
+        alike = [[group for group in groups if group.runs[0].bytes_a_token == commonest] for groups in kept]
+        kind, runs = "loss", [run for groups in alike for group in groups[:1] for run in group.runs]
     names = [group.runs[0].folder.relative_to(records).parts[0] for group in group_runs(runs)]
     for figure in figures(runs, [kind], ["seconds"]):
         return dataclasses.replace(

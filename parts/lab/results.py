@@ -156,6 +156,12 @@ class Result:
         """The last validation during training: "raw" weights or their "ema"."""
         return _number(next((e.get("val_bpb") for e in reversed(self.events("validation")) if e.get("label") == label), None))
 
+    @property
+    def bytes_a_token(self) -> float | None:
+        """Of the validation text, by what its loss is in nats a token and in bits a byte: what tells one vocabulary from another."""
+        scored = next((e for e in reversed(self.events("validation")) if _number(e.get("val_loss")) and _number(e.get("val_bpb"))), None)
+        return round(scored["val_loss"] / scored["val_bpb"] / math.log(2), 3) if scored else None
+
     def bpb(self, metric: str) -> float | None:
         """One of METRICS."""
         if metric == "float":
