@@ -66,7 +66,7 @@ from data.shards import (
     unread_files,
 )
 from parts import kernels
-from parts.files import UserError, atomic_write, cli, fault_line, flush_stdout, lost_rank, one_line, read_json, write_json
+from parts.files import UserError, atomic_write, cli, fault_line, flush_stdout, lost_rank, machine_fault, one_line, read_json, write_json
 from parts.progress import Progress, duration, quantity
 from parts.runs import LogFile, Stopped, StopSignal, end_with_parent, print_line, run_lock, start_mirrors
 from parts.sandbox import COMPILERS
@@ -4231,10 +4231,8 @@ def train(cfg: Config, ctx: RunContext) -> int:
             start_mirrors(folder, cfg.run.mirror, ctx.log)
         try:
             return trainer.run()
-        except RuntimeError as error:
-            memory = isinstance(error, torch.OutOfMemoryError)
-            fault = f"{one_line(error)[:200]}; lower MICRO_BATCH_TOKENS" if memory else lost_rank(error)
-            if not fault:
+        except (RuntimeError, MemoryError) as error:
+            if not (fault := machine_fault(error)):
                 raise
             ctx.note(traceback.format_exc())
             kept = list_checkpoints(folder)

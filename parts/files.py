@@ -41,6 +41,15 @@ def lost_rank(error: BaseException) -> str | None:
     return None
 
 
+def machine_fault(error: BaseException) -> str | None:
+    """What to say of an error that is the machine's: no memory is left, or another rank has gone; None for any other."""
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error) or isinstance(error, MemoryError):
+        said = re.sub(r"^\[enforce fail at .*?\]( \S+ == \d+\.)? ?", "", one_line(error))  # torch's source line
+        what = f"out of memory ({said[:120]})" if said else "out of memory"
+        return f"{what}; lower MICRO_BATCH_TOKENS in training, EVAL_BATCH_SEQS or TTT_DOC_LANES in evaluation"
+    return lost_rank(error)
+
+
 def report_fault(line: str) -> None:
     """One line on stderr. Ranks that torchrun started leave theirs to it, all but the first: its summary names rank and fault."""
     rank, summary = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -92,10 +101,10 @@ def _outcome(act: Callable[[], int | None]) -> int:
             return 128 + signal.SIGPIPE
         report_fault(fault_line(error))
         return 2
-    except RuntimeError as error:
-        if not (lost := lost_rank(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not (fault := machine_fault(error)):
             raise
-        report_fault(lost)
+        report_fault(fault)
         return 2
     except KeyboardInterrupt:  # training handles the signal itself and saves; elsewhere nothing is half-written
         report_fault("interrupted")
@@ -104,7 +113,7 @@ def _outcome(act: Callable[[], int | None]) -> int:
 
 def cli(main: Callable[[], int | None]) -> None:
     """Run a command's main(), then exit: a `UserError` or `OSError` becomes one clear line on stderr and exit code 2, as does the loss of
-    another rank; Ctrl-C is exit code 130; where nobody reads any more what is printed, SIGPIPE's code is all that is said."""
+    another rank or the end of memory; Ctrl-C is exit code 130; where nobody reads any more what is printed, SIGPIPE's code is all that is said."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal of another encoding than UTF-8 (Latin-1, ASCII) has no "→", no terminal has a file name that is not text.
         with contextlib.suppress(AttributeError):  # not a text stream of the system's: a caller replaced it

@@ -4,11 +4,13 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from parts.files import UserError, atomic_write, cli, read_json, write_json
 
@@ -62,6 +64,17 @@ def test_a_lost_rank_is_one_line(capsys, monkeypatch):
     assert end(raising(DistError("NCCL error: remote process exited")), capsys)[0] == 2
     with pytest.raises(RuntimeError):  # a fault of ours
         cli(raising(RuntimeError("shapes do not match")))
+
+
+def test_the_end_of_memory_is_one_line(capsys):
+    for allocate in (
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.\nGPU 0")),
+        lambda: torch.empty(1 << 55),
+    ):
+        code, said = end(allocate, capsys)
+        assert code == 2 and said.count("\n") == 1 and "EVAL_BATCH_SEQS" in said and "enforce fail" not in said
+        assert re.match(r"error: out of memory \((CUDA out of memory\. Tried|DefaultCPUAllocator: )", said), said
+    assert end(raising(MemoryError()), capsys)[1].startswith("error: out of memory; lower MICRO_BATCH_TOKENS")
 
 
 def test_help_where_the_terminal_is_not_unicode(monkeypatch):
