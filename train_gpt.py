@@ -1850,8 +1850,8 @@ class GatedDeltaNet(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
         taps, how = self.conv[:, 0], (self.qk_heads, self.head_dim, self.feature_map != "silu")
         if ctx.kernels.fused and ctx.state is None and self.head_dim.bit_count() == 1:
-            adapted = any(linear.adapter is not None for linear in projections)
-            joint = torch.cat(joint_linear(x, projections), -1) if adapted else joint_product(x, projections)
+            plain = all(linear.adapter is None for linear in projections)
+            joint = joint_product(x, projections) if plain else torch.cat(joint_linear(x, projections), -1)
             q, k, v, rest = kernels.short_conv(joint, taps, ctx.continues[: self.taps - 1], *how)
             z, a, b = rest.split([linear.weight.size(0) for linear in projections[3:]], -1)
         else:

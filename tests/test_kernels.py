@@ -184,6 +184,7 @@ def test_a_model_is_the_same_with_kernels():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.blocks[0].mixer.c_q.adapter = lambda x: 0.1 * x
+    model.blocks[1].mixer.k_proj.adapter = lambda x: 0.1 * x[..., : model.blocks[1].mixer.k_proj.weight.size(0)]
     ids = torch.randint(0, 512, (1, 14), device=DEVICE)
     results = []
     for fused in (False, True):
