@@ -311,10 +311,11 @@ def picture(records: Path = ROOT / "records") -> Figure | None:
     runs = [run for groups in kept for group in groups[:1] for run in group.runs]
     kind = "val_bpb"
     if not any(len(line) > 1 for run in runs for line in validations(run)):
-        known = [group.runs[0].bytes_a_token for groups in kept for group in groups if group.runs[0].bytes_a_token]
+        vocabularies = [[group.runs[0].bytes_a_token for group in groups] for groups in kept]
+        known = [vocabulary for of_preset in vocabularies for vocabulary in of_preset if vocabulary]
         commonest = statistics.mode(known) if known else 0.0
-        alike = [[group for group in groups if group.runs[0].bytes_a_token == commonest] for groups in kept]
-        kind, runs = "loss", [run for groups in alike for group in groups[:1] for run in group.runs]
+        longest = [groups[of_preset.index(commonest)] for groups, of_preset in zip(kept, vocabularies) if commonest in of_preset]
+        kind, runs = "loss", [run for group in longest for run in group.runs]
     names = [group.runs[0].folder.relative_to(records).parts[0] for group in group_runs(runs)]
     for figure in figures(runs, [kind], ["seconds"]):
         return dataclasses.replace(
