@@ -634,6 +634,25 @@ def test_a_kept_queue_is_in_the_tables(tmp_path):
         records.with_tables(page, home)
 
 
+def test_seeds_that_got_less_far_share_a_column(tmp_path):
+    """Of three seeds the second was quantized and the third evaluated too: one column, whose figures say of how many they are."""
+    runs = [kept(tmp_path / "base" / f"s{seed}", 1.0 + seed / 100, seed, max_wallclock_seconds=300.0) for seed in (1, 2, 3)]
+    (tmp_path / "base" / "config.env").write_text("")
+    sizes = {"bytes_model": 900, "bytes_code": 100, "bytes_total": 1000, "seconds": {"calibration": 1.0, "solving": 2.0, "packing": 3.0}}
+    write_json(runs[1].folder / "quantize.json", sizes)
+    write_json(runs[2].folder / "quantize.json", sizes | {"bytes_model": 700, "bytes_total": 800})
+    write_json(runs[2].folder / "eval.json", {"val_bpb": 0.9, "sliding_bpb": 0.95, "ttt_bpb": 0.9, "audit": {"verdict": "pass", "missing": []}})
+    page, board = tmp_path / "base" / "README.md", tmp_path / "README.md"
+    page.write_text("<!-- make records: results -->\n<!-- end -->\n")
+    board.write_text("<!-- make records: leaderboard -->\n<!-- end -->\n")
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", records.with_tables(page, tmp_path), re.MULTILINE))
+    assert rows["seeds"] == "1, 2, 3" and rows["val_bpb float, EMA"] == "1.0200 ± 0.0100"
+    assert rows["bytes: model + code"] == "800 + 100 = 900" and rows["Hessians / GPTQ / packing, s"] == "1.0 / 2.0 / 3.0"
+    assert rows["val_bpb artifact, sliding"].startswith("0.9500 (1 of 3)") and rows["+ score-first TTT"].startswith("0.9000 (1 of 3)")
+    assert rows["audit"] == "pass"
+    assert "| 1.0200 ± 0.0100 | 0.9500 (1 of 3) | 0.9000 (1 of 3) |" in records.with_tables(board, tmp_path)
+
+
 def test_runs_of_two_vocabularies_are_told_apart(tmp_path):
     """Alike but for the bytes a token stands for: the tables say it, and the picture's losses are of the commonest alone."""
     for folder, nats in (("a/logs", 2.5), ("a/case", 2.25), ("b/logs", 2.5)):

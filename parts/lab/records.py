@@ -40,12 +40,13 @@ KEPT_LOGS = ("*.out", "quantize.log", "eval.log")
 
 
 def mean(values: Sequence[float | None], form: str = ".4f") -> str:
-    """`1.0383`, of several `1.0383 ± 0.0012`; empty if there is none."""
+    """`1.0383`, of several `1.0383 ± 0.0012`, where some have none `1.0383 (1 of 3)`; empty if there is none."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
     text = format(statistics.fmean(known), form)
-    return f"{text} ± {statistics.stdev(known):{form}}" if len(known) > 1 else text
+    text += f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
+    return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
 def si(value: float) -> str:
@@ -139,7 +140,7 @@ def leaderboard(records: Path, file: Path) -> Iterator[str]:
 def evaluations_of(run: Result) -> dict[str, dict]:
     """Every kept evaluation of a run by its file's name: eval.json, and others such as eval_tilt.json."""
     found = {path.name: read_json(path) or {} for path in sorted(run.folder.glob("eval*.json"))}
-    return {name: found[name] for name in sorted(found, key=lambda name: (name != "eval.json", name))} or {"": {}}
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != "eval.json", name))}
 
 
 def links(record: Path, runs: Sequence[Result], names: Sequence[str]) -> str:
@@ -159,11 +160,12 @@ def how_it_learned(config: dict) -> str:
 
 
 def results_column(record: Path, group: Group, among: Sequence[Group], name: str) -> dict[str, str]:
-    """The figures of a group with one of its evaluations, by row."""
+    """The figures of a group with one of its evaluations ("": it has none), by row. Not every seed need have got as far."""
     runs = group.runs
     scored = [evaluations_of(run).get(name, {}) for run in runs]
     config = {**group.settings, **next((scores["config"] for scores in scored if scores.get("config")), {})}
-    done, quantized, first = [run.last("done") for run in runs], [run.quantized for run in runs], scored[0]
+    done, quantized = [run.last("done") for run in runs], [run.quantized for run in runs if run.quantized]
+    first = next(filter(None, scored), None)
     column = {
         "run": what_ran(group, among) + (f", {name}" if name not in ("", "eval.json") else ""),
         "seeds": ", ".join(str(run.seed) for run in runs),
@@ -174,8 +176,8 @@ def results_column(record: Path, group: Group, among: Sequence[Group], name: str
         "val_bpb float, raw weights": mean([run.validated("raw") for run in runs]),
         "val_bpb float, EMA": mean([run.validated("ema") for run in runs]),
     }
-    if quantized[0]:
-        seconds = [q["seconds"] for q in quantized if q]
+    if quantized:
+        seconds = [q["seconds"] for q in quantized]
         spent = [middle([s.get(phase) for s in seconds], lambda value: f"{value:.1f}") for phase in ("calibration", "solving", "packing")]
         column["Hessians / GPTQ / packing, s"] = " / ".join(spent)
         sizes = [middle([q.get(f"bytes_{part}") for q in quantized], lambda size: f"{size:,.0f}") for part in ("model", "code", "total")]
@@ -217,7 +219,7 @@ def results(records: Path, file: Path) -> Iterator[str]:
     record = file.parent
     columns, groups = [], kept_groups(record)
     for group in groups:
-        names = {name: None for run in group.runs for name in evaluations_of(run)}
+        names = dict.fromkeys(name for run in group.runs for name in evaluations_of(run)) or [""]
         columns += [results_column(record, group, groups, name) for name in names]
     if not columns:
         raise UserError(f"{record}: no finished run is kept there")
