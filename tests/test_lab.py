@@ -641,7 +641,9 @@ def test_seeds_that_got_less_far_share_a_column(tmp_path):
     sizes = {"bytes_model": 900, "bytes_code": 100, "bytes_total": 1000, "seconds": {"calibration": 1.0, "solving": 2.0, "packing": 3.0}}
     write_json(runs[1].folder / "quantize.json", sizes)
     write_json(runs[2].folder / "quantize.json", sizes | {"bytes_model": 700, "bytes_total": 800})
-    write_json(runs[2].folder / "eval.json", {"val_bpb": 0.9, "sliding_bpb": 0.95, "ttt_bpb": 0.9, "audit": {"verdict": "pass", "missing": []}})
+    write_json(
+        runs[2].folder / "eval.json", {"val_bpb": 0.9, "sliding_bpb": 0.95, "ttt_bpb": 0.9, "audit": {"verdict": "pass", "missing": []}}
+    )
     page, board = tmp_path / "base" / "README.md", tmp_path / "README.md"
     page.write_text("<!-- make records: results -->\n<!-- end -->\n")
     board.write_text("<!-- make records: leaderboard -->\n<!-- end -->\n")

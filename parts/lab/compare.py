@@ -246,5 +246,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells[index].replace("|", r"\|") for index in kept) + " |"
 
-    numbers = {i for i in kept if all(re.fullmatch(r"[-+]?\d[\d.,]*( ± [\d.]+)?( ?[%KM])?( \(\d+ of \d+\))?", row[i]) for row in rows if row[i])}
+    numbers = {
+        i for i in kept if all(re.fullmatch(r"[-+]?\d[\d.,]*( ± [\d.]+)?( ?[%KM])?( \(\d+ of \d+\))?", row[i]) for row in rows if row[i])
+    }
     return [line(header), "|" + "|".join("---:" if i in numbers else "---" for i in kept) + "|", *map(line, rows)]
