@@ -874,11 +874,14 @@ def audit_run(
     if ctx.device.type == "cuda":
         torch.cuda.empty_cache()  # the replica uses the same GPU
     drawn = auditing.draw_targets(trace.ledger, cfg.eval.audit_samples)
-    with blind_replica(path, cfg, targets, ctx) as replica:
+    # Windows are answered one at a time either way; a document is read from its beginning, and many at once cost little more than one.
+    side_by_side = evaluator.documents_independent and evaluator.document_trainer and int(tokens[0]) == BOS_ID
+    told = auditing.excerpts(tokens, drawn, BOS_ID) if side_by_side else auditing.whole_text(tokens, drawn)
+    with blind_replica(path, cfg, told.targets, ctx) as replica:
         with contextlib.suppress(ReplicaError):  # the check will meet it again, and report it
             replica.ready()  # its start is no measure of what its answers take
         with ctx.progress("audit", len(drawn), "targets") as advance:
-            blind = auditing.check_blind(replica, tokens, trace, drawn, advance)
+            blind = auditing.check_blind(replica, tokens, trace, told, advance)
     with blind_replica(path, cfg, targets, ctx) if evaluator.documents_independent else contextlib.nullcontext() as replica:
         independence = auditing.check_documents(replica, tokens, trace, BOS_ID)
     tokenizer, manifest = load_tokenizer(cfg.run.tokenizer_path, cfg.model.vocab_size), load_manifest(cfg.run.data_path)

@@ -7,11 +7,12 @@ validation and training documents, the tokenizer, and the size of what is submit
 
 The evaluation runs first, with the whole text in its process, and leaves every target's loss in a `Ledger`. Only then are
 targets drawn, all over the text, by a hash of those losses. A blind replica, a new process that gets the text through a pipe, token by
-token as far as it may know it, answers at each of them with its distribution of a token that does not exist in its process yet. What
-the evaluation reported there must be what the replica gives. A replica has no earlier pass, no later text and no sample to know.
+token as far as it may know it, answers at each of them with its distribution of a token that does not exist in its process yet (where documents
+are claimed to be independent: what precedes it in its document, and no other text). What the evaluation reported there must be what the replica gives. A replica has no earlier pass, no later text and no sample to know.
 
     trace = evaluator.run(tokens)
-    checks = [*check_blind(replica, tokens, trace, draw_targets(trace.ledger, 512)), check_score_before_update(trace), ...]
+    told = whole_text(tokens, draw_targets(trace.ledger, 512))
+    checks = [*check_blind(replica, tokens, trace, told), check_score_before_update(trace), ...]
     verdict(checks)                # "pass" only where every mandatory check ran
 
 What it does not do: keep the evaluator from reading the text elsewhere (the replica runs in a sandbox, the evaluation itself does not), or look into the
@@ -147,17 +148,70 @@ def draw_targets(ledger: Ledger, count: int) -> list[int]:
     return sorted(generator.choice(len(ledger.nll), min(count, len(ledger.nll)), replace=False).tolist())
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A drawn target, as a replica is asked for it: which target that is in the text it is told, of which it knows the first `known` tokens then."""
+
+    drawn: int
+    asked: int
+    known: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a replica is told, a part before each question: `text`, of `targets` targets."""
+
+    text: np.ndarray
+    targets: int
+    questions: list[Question]
+    what: str
+
+
+def whole_text(tokens: Tensor, drawn: Sequence[int]) -> Told:
+    """The text, up to each drawn target in turn."""
+    questions = [Question(target, target, target + 1) for target in drawn]
+    return Told(tokens.numpy(), len(tokens) - 1, questions, "told no token beyond them")
+
+
+def excerpts(tokens: Tensor, drawn: Sequence[int], bos_id: int = 1) -> Told:
+    """Where documents are claimed to be independent: of each drawn target's document what precedes the target, and nothing else.
+
+    Many are told at once, so that an evaluator that reads documents side by side does so here. But of one document a target is told no sooner than
+    it has been answered: the second one drawn in it waits for the next round. tokens begin with BOS.
+    """
+    starts = (tokens == bos_id).nonzero().squeeze(1)
+    first = starts[torch.searchsorted(starts, torch.tensor(drawn), right=True) - 1].tolist()
+    rounds: list[list[tuple[int, int]]] = []  # (start of its document, drawn target)
+    turn: dict[int, int] = {}
+    for start, target in zip(first, drawn):
+        turn[start] = turn.get(start, -1) + 1
+        if turn[start] == len(rounds):
+            rounds.append([])
+        rounds[turn[start]].append((start, target))
+    pieces, questions, length = [], [], 0
+    for asked in rounds:
+        known = length + sum(target + 1 - start for start, target in asked)
+        for start, target in sorted(asked, key=lambda span: span[0] - span[1]):  # like lengths side by side
+            pieces.append(tokens[start : target + 1])
+            length += target + 1 - start
+            questions.append(Question(target, length - 1, known))
+    what = "told what precedes them in their documents and no other text"
+    return Told(torch.cat(pieces).numpy(), length, questions, what)
+
+
 def check_blind(
-    replica: Replica, tokens: Tensor, trace: Trace, targets: Sequence[int], advance: Callable[[int], None] = lambda count: None
+    replica: Replica, tokens: Tensor, trace: Trace, told: Told, advance: Callable[[int], None] = lambda count: None
 ) -> list[Check]:
     """Causality: the recorded score of each drawn target is the one that a process gives to which neither the target nor what follows it
     has been told. Normalization: that process's distributions sum to 1 and are nowhere negative."""
     text, nll = tokens.numpy(), trace.ledger.nll.numpy()
     gaps, sums, lowest = [], [], math.inf
     try:
-        for target in targets:
-            replica.feed(text[replica.known : target + 1])
-            row = replica.rows(target, target + 1)[0].astype(np.float64)
+        for question in told.questions:
+            target = question.drawn
+            if replica.known < question.known:
+                replica.feed(told.text[replica.known : question.known])
+            row = replica.rows(question.asked, question.asked + 1)[0].astype(np.float64)
             gap = abs(nll[target] + math.log(max(row[text[target + 1]], 1e-45)))
             gaps.append(gap if math.isfinite(gap) else math.inf)
             sums.append(abs(row.sum() - 1) if np.isfinite(row).all() else math.inf)
@@ -167,13 +221,13 @@ def check_blind(
         return [Check(name, NOT_CHECKED, f"after {len(gaps)} targets {error}", "blind replica") for name in ("causality", "normalization")]
     if not gaps:
         return [Check(name, NOT_CHECKED, "no target was looked at", "blind replica") for name in ("causality", "normalization")]
-    wrong = [target for target, gap in zip(targets, gaps) if gap > SCORE_TOLERANCE]
+    wrong = sorted(question.drawn for question, gap in zip(told.questions, gaps) if gap > SCORE_TOLERANCE)
     figure = f"{len(gaps):,} of {len(nll):,} targets: largest |recorded - blind| {max(gaps):.2g} nats"
     figure += f", {len(wrong):,} differ, the first at target {wrong[0]:,}" if wrong else ""
     figure += f"; a cheat at 1 % of the targets is missed with probability {0.99 ** len(gaps):.1g}"
     status = replica.sandbox_status
     shut = f"sandbox: {', '.join(status['means'])}" if replica.sandboxed else "no sandbox: it could have read the text"
-    what = f"targets drawn by a hash of all scores; a new process, told no token beyond them, must give the same ({shut})"
+    what = f"targets drawn by a hash of all scores; a new process, {told.what}, must give the same ({shut})"
     if len(gaps) < min(LEAST_TARGETS, len(nll)) and not wrong:
         few = f"{figure}; fewer than {LEAST_TARGETS} prove nothing: raise AUDIT_SAMPLES"
         return [Check(name, NOT_CHECKED, few, what) for name in ("causality", "normalization")]

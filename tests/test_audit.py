@@ -49,7 +49,10 @@ def blind(cheat: type[cheats.Evaluation], tokens: Tensor, trace: Trace, count: i
     """What a new process that runs the same code says to it."""
     command = [sys.executable, HERE / "cheats.py", cheat.__name__]
     with Replica(command, len(tokens) - 1, VOCAB) as replica:
-        return {check.name: check for check in audit.check_blind(replica, tokens, trace, audit.draw_targets(trace.ledger, count))}
+        return {
+            check.name: check
+            for check in audit.check_blind(replica, tokens, trace, audit.whole_text(tokens, audit.draw_targets(trace.ledger, count)))
+        }
 
 
 def test_an_honest_evaluation_passes():
@@ -103,6 +106,28 @@ def test_targets_are_drawn_by_the_scores_themselves():
     assert min(drawn) < 50 and max(drawn) > 450  # all over the text
     ledger.nll[77] += 1e-12
     assert audit.draw_targets(ledger, 60) != drawn and audit.draw_targets(ledger, 9999) == list(range(500))
+
+
+@pytest.mark.parametrize("step", [1, 3, 40])
+def test_excerpts_tell_nothing_of_a_target_before_it_is_answered(step):
+    """Each drawn target is asked at the end of what precedes it in its document, when no excerpt told so far holds more of that document."""
+    tokens = text().clone()
+    tokens[tokens == 1] = 2
+    starts = [0, 3, 4, 90, 91, 300, 499]
+    tokens[starts] = 1
+    drawn = list(range(0, 500, step))
+    told = audit.excerpts(tokens, drawn)
+    assert sorted(question.drawn for question in told.questions) == drawn and len(told.text) == told.targets
+    assert [question.asked for question in told.questions] == sorted(question.asked for question in told.questions)
+    begins = np.flatnonzero(told.text == 1).tolist() + [told.targets]
+    held: list[tuple[int, int, int]] = []  # (begin of an excerpt, start of its document, its last target)
+    for number, question in enumerate(told.questions):
+        start = max(place for place in starts if place <= question.drawn)
+        assert begins[number + 1] == question.asked + 1 <= question.known
+        assert told.text[begins[number] : begins[number + 1]].tolist() == tokens[start : question.drawn + 1].tolist()
+        held.append((begins[number], start, question.drawn))
+    for question, (_, start, target) in zip(told.questions, held):
+        assert all(last <= target for begin, other, last in held if other == start and begin < question.known)
 
 
 # ---- order and coverage ----

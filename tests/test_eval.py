@@ -389,7 +389,9 @@ def test_a_session_refuses_what_it_cannot_answer():
 def blind_verdicts(tested, tokens) -> list[str]:
     trace = tested.run(tokens, full=True)
     fresh = InProcess(tested, tokens)
-    return [check.verdict for check in audit.check_blind(fresh, tokens, trace, audit.draw_targets(trace.ledger, 64))]
+    return [
+        check.verdict for check in audit.check_blind(fresh, tokens, trace, audit.whole_text(tokens, audit.draw_targets(trace.ledger, 64)))
+    ]
 
 
 def test_the_whole_pipeline_passes_its_audit():
@@ -514,6 +516,22 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
             with mock.patch.object(sys, "argv", ["eval_ttt.py", str(artifact), "--audit"]):
                 with mock.patch.object(eval_ttt, "evaluate_artifact", lambda *arguments, done=done: done):
                     assert eval_ttt.main() == code
+
+    # Documents that stand alone are answered side by side: the replica is told of nothing else.
+    alone = {
+        **settings,
+        "DATA_PATH": dataset.path,
+        "EXPERTS": "none",
+        "TTT_MODE": "document",
+        "TTT_DOC_LR": 0.01,
+        "TTT_DOC_RANK": 4,
+        "EVAL_TOKENS": 700,
+    }
+    command(eval_ttt, artifact, "--audit", "--out", tmp_path / "alone.json", **alone)
+    checks = {check["name"]: check for check in json.loads((tmp_path / "alone.json").read_text())["audit"]["checks"]}
+    assert checks["causality"]["verdict"] == checks["normalization"]["verdict"] == checks["document independence"]["verdict"] == PASS
+    assert "told what precedes them in their documents and no other text" in checks["causality"]["what"]
+    capfd.readouterr()
 
     # The same text judged by the referee: the same score, read from a submission that could see nothing of it ahead.
     (tmp_path / "raw.txt").write_bytes((Path(sysconfig.get_paths()["stdlib"]) / "bisect.py").read_bytes())

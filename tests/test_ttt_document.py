@@ -194,6 +194,12 @@ def test_it_passes_its_audit(form):
     assert tested.documents_independent == (not cfg.eval.expert_names)
     if tested.documents_independent:
         assert audit.check_documents(InProcess(tested, tokens), tokens, trace).verdict == PASS
+        told = audit.excerpts(tokens, audit.draw_targets(trace.ledger, 100), BOS_ID)
+        causality, normalization = audit.check_blind(InProcess(tested, torch.zeros(told.targets + 1)), tokens, trace, told)
+        assert (causality.verdict, normalization.verdict) == (
+            PASS,
+            PASS,
+        ) and "100 of 259 targets: largest |recorded - blind| " in causality.figure
 
 
 class LearnsFirst(DocumentTrainer):
@@ -227,8 +233,9 @@ class Remembers(DocumentTrainer):
         self.adapters.reset = reset
 
 
+@pytest.mark.parametrize("tell", [audit.whole_text, audit.excerpts])
 @pytest.mark.parametrize("leak", [LearnsFirst, Remembers])
-def test_a_leak_is_found(leak):
+def test_a_leak_is_found(leak, tell):
     cfg, tokens = documents_config(), stream(260)
 
     def leaking() -> ScoreFirstEvaluator:
@@ -237,7 +244,8 @@ def test_a_leak_is_found(leak):
         return tested
 
     trace = leaking().run(tokens, full=True)
-    causality, _ = audit.check_blind(InProcess(leaking(), tokens), tokens, trace, audit.draw_targets(trace.ledger, 64))
+    told = tell(tokens, audit.draw_targets(trace.ledger, 64))
+    causality, _ = audit.check_blind(InProcess(leaking(), torch.zeros(told.targets + 1)), tokens, trace, told)
     assert causality.verdict == FAIL
 
 
