@@ -525,7 +525,7 @@ def test_the_command_writes_and_prints_what_it_measured(launch, dataset, tmp_pat
         "TTT_MODE": "document",
         "TTT_DOC_LR": 0.01,
         "TTT_DOC_RANK": 4,
-        "EVAL_TOKENS": 700,
+        "EVAL_TOKENS": 150,
     }
     command(eval_ttt, artifact, "--audit", "--out", tmp_path / "alone.json", **alone)
     checks = {check["name"]: check for check in json.loads((tmp_path / "alone.json").read_text())["audit"]["checks"]}
