@@ -8,7 +8,8 @@ validation and training documents, the tokenizer, and the size of what is submit
 The evaluation runs first, with the whole text in its process, and leaves every target's loss in a `Ledger`. Only then are
 targets drawn, all over the text, by a hash of those losses. A blind replica, a new process that gets the text through a pipe, token by
 token as far as it may know it, answers at each of them with its distribution of a token that does not exist in its process yet (where documents
-are claimed to be independent: what precedes it in its document, and no other text). What the evaluation reported there must be what the replica gives. A replica has no earlier pass, no later text and no sample to know.
+are claimed to be independent: what precedes it in its document, and no other text). What the evaluation reported there must be what the
+replica gives. A replica has no earlier pass, no later text and no sample to know.
 
     trace = evaluator.run(tokens)
     told = whole_text(tokens, draw_targets(trace.ledger, 512))
